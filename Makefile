@@ -1,0 +1,77 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+PY := $(abspath $(VENV))/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+
+# Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
+# and with that makes `make test` install a copy again.
+SOURCES := setup.py build_backend.py pyproject.toml \
+  $(shell find csrc dlkernels -not -name '*.so' -not -path '*__pycache__*')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help train test sanitize bench lint format clean
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)'
+
+train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train the MLP and the CNN on handwritten digits
+	$(PY) examples/train_digits.py --model mlp --kernels both
+	$(PY) examples/train_digits.py --model cnn --kernels both
+
+# From tests/, because Python started in the root would import the source tree.
+test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
+	cd tests && $(PY) -m pytest
+
+sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
+	build/kernels_test
+
+bench: $(VENV)/.dlkernels $(VENV)/.test  ## run the benchmarks
+	cd benchmarks && $(PY) -m pytest
+
+lint: $(VENV)/.lint  ## check style and the rules of the house
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	# Kernels know no torch, intrinsics stand in simd_*.h, conditions in the x86 guard and ops/common.h.
+	! grep -rnE '#include *[<"](torch|ATen|c10)|\b(torch|ATen|at|c10)::' csrc/cpu $(wildcard csrc/cuda)
+	! grep -rnE --exclude='simd_*.h' '\b_mm[0-9]*_' csrc
+	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(ops/common\.h|cpu/(isa_[a-z0-9]+|dispatch)\.cpp):'
+
+format: $(VENV)/.lint  ## rewrite the sources in the house's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:  ## remove what was built, but not the environment
+	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis
+	rm -f dlkernels/*.so dlkernels/_build.py $(VENV)/.dlkernels
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+build/kernels_test: $(wildcard tests/kernels_test*.cpp csrc/cpu/*)
+	mkdir -p build
+	$(CXX) -std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(PY)
+	$(PIP) '$(TORCH)' 'setuptools>=77' ninja
+	touch $@
+
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(PY)
+	$(PIP) $(call extra,$*)
+	touch $@
+
+# Not isolated and in place, so that build/ keeps the objects of the last build.
+$(VENV)/.dlkernels: $(SOURCES) | $(VENV)/.torch
+	rm -rf build/lib*
+	$(PIP) --no-build-isolation --no-deps .
+	touch $@

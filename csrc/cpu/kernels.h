@@ -1,0 +1,92 @@
+// CPU kernels: raw pointers and sizes in, memory out. No torch, no threads, no SIMD types.
+// Sizes and strides count elements. The caller decides how work is shared among threads: a
+// kernel does the part [begin, end) it is told to, and any parts give the same bits.
+#pragma once
+#include <cstdint>
+
+namespace dlkernels::cpu {
+
+// ---- the shared GEMM: C[m, n] = sum_k A[m, k] * B[n, k] ------------------------------------
+
+// Element (i, k) is data[i * row + k * col]. With relu_y, laid out as data, an element counts as
+// 0 where relu_y <= 0: the gradient of a ReLU, applied while it is read.
+struct Matrix {
+  const float* data;
+  int64_t row, col;
+  const float* relu_y;
+};
+
+// Where C (M, N) goes and what is done to it on the way: c[m * row + n] = act(C + bias).
+struct GemmOutput {
+  float* c;
+  int64_t row;
+  const float* row_bias = nullptr;  // (M) or null
+  const float* col_bias = nullptr;  // (N) or null
+  bool relu = false;
+  bool accumulate = false;  // add to what c and row_sums hold
+  float* row_sums =
+      nullptr;  // (M) or null: row_sums[m] = sum_k A[m, k]; written by the part with n = 0
+};
+
+// The part of C a call computes: rows [m0, m1), columns [n0, n1).
+struct GemmPart {
+  int64_t m0, m1, n0, n1;
+};
+
+// ---- convolution as that GEMM --------------------------------------------------------------
+
+// The im2col matrix of one group, read from x and never stored. Row (n, oh, ow) is the window of
+// an output pixel; column (kh, kw, c) its tap: x[n * sn + c * sc + h[oh, kh] * sh + w[ow, kw] *
+// sw], or 0 where h or w is -1 (padding, or a hole between the strides of a transposed
+// convolution).
+struct Patches {
+  const float* x;
+  const float* relu_y;  // as in Matrix
+  int64_t sn, sc, sh, sw;
+  int64_t C, KH, KW, OH, OW;
+  const int64_t* h;        // (OH, KH)
+  const int64_t* w;        // (OW, KW)
+  int64_t w_begin, w_end;  // ow for which every w[ow, :] is inside x, and w[ow + 1, :] one more
+};
+
+// ---- the table -----------------------------------------------------------------------------
+
+// One table per instruction set, one entry per kernel.
+struct Kernels {
+  const char* isa;
+
+  // The register tile (a part that is no multiple of it wastes lanes) and the floats of scratch,
+  // 64-byte aligned, that every function of the GEMM family needs.
+  int64_t gemm_tile_rows, gemm_tile_cols, gemm_scratch;
+
+  // C[m, n] = sum_k a[m, k] * b[n, k]
+  void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+               const GemmPart& part, float* scratch);
+
+  // y[pixel, k] = sum_j patches[pixel, j] * weight[k, j], j over (kh, kw, c); weight contiguous.
+  // channels_last: out's rows are pixels and its columns k. Otherwise the other way round.
+  void (*conv2d)(const Patches& patches, const float* weight, bool channels_last,
+                 const GemmOutput& out, const GemmPart& part, float* scratch);
+
+  // grad_weight[k, j] = sum_pixel grad_y[k, pixel] * patches[pixel, j]
+  void (*conv2d_grad_weight)(const Matrix& grad_y, const Patches& patches, int64_t pixels,
+                             const GemmOutput& out, const GemmPart& part, float* scratch);
+
+  // y[i] = max(0, x[i]), NaN kept
+  void (*relu)(const float* x, float* y, int64_t begin, int64_t end);
+
+  // grad_x[i] = y[i] <= 0 ? 0 : grad_y[i]
+  void (*relu_backward)(const float* grad_y, const float* y, float* grad_x, int64_t begin,
+                        int64_t end);
+};
+
+// The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own
+// ATEN_CPU_CAPABILITY=default|avx2|avx512 lower it.
+const Kernels& kernels();
+
+// Changes the choice, for tests and benchmarks; false where the machine lacks that ISA.
+bool set_isa(const char* isa);
+
+extern const Kernels baseline, avx2, avx512;  // for tests; call kernels() elsewhere
+
+}  // namespace dlkernels::cpu

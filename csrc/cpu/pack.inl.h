@@ -1,0 +1,80 @@
+// Panels for the GEMM: W rows of an operand side by side, panel[k * W + i] = operand(i, k), zeros
+// for rows that are not there. What an operand has to know is only how to pack itself.
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements read through the gradient of a ReLU: 0 where relu_y <= 0 (so a NaN in y lets it pass).
+struct Source {
+  const float* x;
+  const float* relu_y;
+
+  float at(int64_t i) const { return relu_y && relu_y[i] <= 0 ? 0.0f : x[i]; }
+  Vec at(int64_t i, int64_t n) const {
+    const bool whole = n == Vec::kWidth;
+    const Vec v = whole ? Vec::load(x + i) : Vec::load(x + i, n);
+    if (!relu_y) return v;
+    const Vec y = whole ? Vec::load(relu_y + i) : Vec::load(relu_y + i, n);
+    return select(y <= Vec::zero(), Vec::zero(), v);
+  }
+};
+
+// Rows that lie along memory: panel(i, k) = s[offset[i] + k], or 0 where offset[i] < 0.
+template <int64_t W>
+static void pack_rows(const Source& s, const int64_t* offset, int64_t rows, int64_t depth,
+                      float* panel) {
+  constexpr int64_t V = Vec::kWidth;
+  for (int64_t i0 = 0; i0 < W; i0 += V) {
+    const int64_t lanes = least(W - i0, V);
+    for (int64_t k = 0; k < depth; k += V) {
+      const int64_t n = least(depth - k, V);
+      Vec r[V];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < V; ++i) {
+        const bool here = i0 + i < rows && offset[i0 + i] >= 0;
+        r[i] = here ? s.at(offset[i0 + i] + k, n) : Vec::zero();
+      }
+      transpose(r);
+      float* p = panel + k * W + i0;
+      if (n == V) {
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < V; ++j)
+          lanes == V ? r[j].store(p + j * W) : r[j].store(p + j * W, lanes);
+      } else {
+        for (int64_t j = 0; j < n; ++j) r[j].store(p + j * W, lanes);
+      }
+    }
+  }
+}
+
+// Rows side by side in memory: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
+static void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, float* row) {
+  for (int64_t i = 0; i < lanes; i += Vec::kWidth) {
+    const int64_t have = i < n ? least(n - i, Vec::kWidth) : 0;
+    const Vec v = have ? s.at(offset + i, have) : Vec::zero();
+    if (lanes - i >= Vec::kWidth)
+      v.store(row + i);
+    else
+      v.store(row + i, lanes - i);
+  }
+}
+
+struct MatrixRows {
+  const Matrix& m;
+
+  template <int64_t W>
+  void pack(int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* panel) const {
+    const Source s = {m.data, m.relu_y};
+    const int64_t start = i0 * m.row + k0 * m.col;
+    if (m.row == 1) {
+      for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
+    } else if (m.col == 1) {
+      int64_t offset[W];
+      for (int64_t i = 0; i < rows; ++i) offset[i] = start + i * m.row;
+      pack_rows<W>(s, offset, rows, depth, panel);
+    } else {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t i = 0; i < W; ++i)
+          panel[k * W + i] = i < rows ? s.at(start + i * m.row + k * m.col) : 0.0f;
+    }
+  }
+};

@@ -1,0 +1,110 @@
+// Vec for AVX2 + FMA: 8 floats. Same names as simd_avx512.h and simd_baseline.h.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace dlkernels::cpu {
+namespace {
+
+// GEMM register tile: 12 accumulators, two vectors of B and one broadcast of A fill 15 of 16.
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kTileVecs = 2;
+
+struct Vec {
+  static constexpr int64_t kWidth = 8;
+  struct Mask {
+    __m256 v;
+  };
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  // Lanes as bytes: exact for whole numbers from 0 to 255. No byte masks here: short ones by hand.
+  static Vec load_bytes(const uint8_t* p, int64_t n) {
+    alignas(8) uint8_t bytes[8] = {};
+    for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b))};
+  }
+  void store_bytes(uint8_t* p, int64_t n) const {
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    alignas(8) uint8_t bytes[8];
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(w, w));
+    for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
+  }
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }                // a > b ? a : b
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }                // a < b ? a : b
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for whole numbers n. In two halves, so that a result below the smallest normal rounds.
+inline Vec scale2(Vec a, Vec n) {
+  const __m256i i = _mm256_cvtps_epi32(min(max(n, Vec::fill(-250)), Vec::fill(250)).v);
+  const __m256i half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i p = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i q = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(p)), _mm256_castsi256_ps(q))};
+}
+
+// Comparisons are false where a lane is NaN; is_nan finds those.
+inline Vec::Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+inline Vec::Mask operator<=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+inline Vec::Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Vec::Mask is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Vec::Mask either(Vec::Mask a, Vec::Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
+inline Vec select(Vec::Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
+
+inline float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float max_lane(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+// r[i].lane[j] <-> r[j].lane[i]: 2x2 blocks of floats, then of pairs, then of 128-bit halves.
+inline void transpose(Vec (&r)[8]) {
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < 8; g += 4)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m256d lo = _mm256_castps_pd(t[g + h]), hi = _mm256_castps_pd(t[g + h + 2]);
+      u[g + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(lo, hi));
+      u[g + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(lo, hi));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+
+}  // namespace
+}  // namespace dlkernels::cpu

@@ -1,0 +1,91 @@
+// Vec for any machine: 4 floats in the compiler's own vector type, SSE2 on x86-64 and NEON on Arm.
+// Same names as simd_avx2.h and simd_avx512.h.
+#pragma once
+#include <cstdint>
+
+namespace dlkernels::cpu {
+namespace {
+
+// GEMM register tile: 10 accumulators, two vectors of B and one broadcast of A fit 16 registers,
+// with some to spare for the separate multiply and add.
+constexpr int64_t kTileRows = 5;
+constexpr int64_t kTileVecs = 2;
+
+struct Vec {
+  static constexpr int64_t kWidth = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Mask __attribute__((vector_size(16)));  // -1 or 0 a lane
+  Floats v;
+
+  static Vec zero() { return fill(0); }
+  static Vec fill(float x) { return {Floats{x, x, x, x}}; }
+  static Vec load(const float* p) {
+    Vec a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static Vec load(const float* p, int64_t n) {
+    Vec a = zero();
+    for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
+    return a;
+  }
+  void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  void store(float* p, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  }
+  // Lanes as bytes: exact for whole numbers from 0 to 255.
+  static Vec load_bytes(const uint8_t* p, int64_t n) {
+    Vec a = zero();
+    for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
+    return a;
+  }
+  void store_bytes(uint8_t* p, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(v[i]);
+  }
+};
+template <class F>
+inline Vec each(F f) {
+  return {Vec::Floats{f(0), f(1), f(2), f(3)}};
+}
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec sqrt(Vec a) {
+  return each([=](int i) { return __builtin_sqrtf(a.v[i]); });
+}
+inline Vec round(Vec a) {
+  return each([=](int i) { return __builtin_nearbyintf(a.v[i]); });
+}
+// a * 2^n for whole numbers n.
+inline Vec scale2(Vec a, Vec n) {
+  const Vec m = min(max(n, Vec::fill(-250)), Vec::fill(250));
+  return each([=](int i) { return __builtin_ldexpf(a.v[i], static_cast<int>(m.v[i])); });
+}
+
+// Comparisons are false where a lane is NaN; is_nan finds those.
+inline Vec::Mask operator>(Vec a, Vec b) { return a.v > b.v; }
+inline Vec::Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
+inline Vec::Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+inline Vec::Mask is_nan(Vec a) { return a.v != a.v; }
+inline Vec::Mask either(Vec::Mask a, Vec::Mask b) { return a | b; }
+inline Vec select(Vec::Mask m, Vec yes, Vec no) { return {m ? yes.v : no.v}; }
+
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float max_lane(Vec a) {
+  const Vec m = max(a, {Vec::Floats{a.v[2], a.v[3], a.v[0], a.v[1]}});
+  return m.v[0] > m.v[1] ? m.v[0] : m.v[1];
+}
+
+// r[i].lane[j] <-> r[j].lane[i]
+inline void transpose(Vec (&r)[4]) {
+  const Vec a = r[0], b = r[1], c = r[2], d = r[3];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) r[j].v = Vec::Floats{a.v[j], b.v[j], c.v[j], d.v[j]};
+}
+
+}  // namespace
+}  // namespace dlkernels::cpu

@@ -1,0 +1,30 @@
+// The kernel table of one instruction set. An isa_<name>.cpp includes its simd header, sets ISA,
+// and includes this file. Only <immintrin.h> and <cstdint> may be included in such a file: an
+// inline std:: function compiled here could be the copy the linker keeps for all machines.
+#include "kernels.h"
+
+namespace dlkernels::cpu {
+namespace {
+// clang-format off: gemm is built on pack, and the ops on both
+#include "pack.inl.h"
+#include "gemm.inl.h"
+// clang-format on
+#include "conv2d.inl.h"
+#include "relu.inl.h"
+}  // namespace
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+constinit const Kernels ISA = {
+    .isa = STRING(ISA),
+    .gemm_tile_rows = kTileRows,
+    .gemm_tile_cols = kTileCols,
+    .gemm_scratch = kGemmScratch,
+    .gemm = gemm,
+    .conv2d = conv2d,
+    .conv2d_grad_weight = conv2d_grad_weight,
+    .relu = relu,
+    .relu_backward = relu_backward,
+};
+
+}  // namespace dlkernels::cpu

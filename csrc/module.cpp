@@ -1,0 +1,35 @@
+// dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
+// The functions below are what the library says about itself; no tensor passes through them.
+#include <pybind11/pybind11.h>
+
+#include "ops/common.h"
+
+namespace py = pybind11;
+
+TORCH_LIBRARY(dlkernels, m) {}
+
+PYBIND11_MODULE(_C, m) {
+  using namespace dlkernels;
+  m.def("isa", [] { return cpu::kernels().isa; }, "The instruction set the kernels run on.");
+  m.def("set_isa", &cpu::set_isa, "Change it (tests, benchmarks); False where the machine can't.");
+  m.def(
+      "stats",
+      [] {
+        py::dict all;
+        for (OpStats* s = OpStats::first; s; s = s->next)
+          all[s->name] = py::make_tuple(s->kernel.load(), s->torch.load());
+        return all;
+      },
+      "{op: (calls of our kernel, calls left to PyTorch)}");
+  m.def("reset_stats", [] {
+    for (OpStats* s = OpStats::first; s; s = s->next) s->kernel = s->torch = 0;
+  });
+  m.def(
+      "torch_ran",
+      [](const std::string& op) {
+        for (OpStats* s = OpStats::first; s; s = s->next)
+          if (op == s->name) s->torch_ran();
+      },
+      "Count a call that Python left to PyTorch; raises where set_fallback_error says so.");
+  m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
+}

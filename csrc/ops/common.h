@@ -1,0 +1,169 @@
+// What every op file shares: which tensors are ours, what is counted, how work is split among
+// torch's threads, scratch memory, and gradients of gradients.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/view_as.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../cpu/kernels.h"
+
+namespace dlkernels {
+
+using at::Tensor;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---- which path ran: what dlkernels.stats() reports -----------------------------------------
+
+// Set by dlkernels.set_fallback("error").
+inline std::atomic<bool> fallback_is_error{false};
+
+// One a public op, listed for stats().
+class OpStats {
+ public:
+  explicit OpStats(const char* name) : name(name), next(first) { first = this; }
+
+  void kernel_ran() { ++kernel; }
+  void torch_ran() {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !fallback_is_error, name,
+        ": these arguments have no kernel of ours (see CONTRIBUTING, fast path), and the fallback "
+        "to PyTorch is set to \"error\"");
+    ++torch;
+  }
+
+  const char* const name;
+  std::atomic<int64_t> kernel{0}, torch{0};
+  OpStats* const next;
+  inline static OpStats* first = nullptr;
+};
+
+// ---- which tensors are ours -----------------------------------------------------------------
+
+// Dense float32 on the CPU, or on meta, where only shapes are worked out. A tensor with a
+// forward-mode tangent goes to PyTorch's own op, which can push it forward.
+inline bool is_ours(const Tensor& t) {
+  return t.scalar_type() == at::kFloat && t.layout() == at::kStrided &&
+         (t.device().is_cpu() || t.device().is_meta()) && !t._fw_grad(/*level=*/0).defined();
+}
+inline bool is_ours(const optional<Tensor>& t) { return !t || is_ours(*t); }
+
+// PyTorch itself reads garbage when a CPU op is handed a weight on meta.
+inline void check_device(const char* op, const Tensor& input, const optional<Tensor>& other) {
+  TORCH_CHECK(!other || !other->defined() || other->device() == input.device(), op,
+              ": expected all tensors to be on the same device, got ", input.device(), " and ",
+              other->device());
+}
+
+// ---- threads and memory ---------------------------------------------------------------------
+
+// 64-byte aligned floats that belong to the calling thread, until its next call.
+inline float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    buffer.reset();
+    size = 0;
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    buffer.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!buffer) throw std::bad_alloc();
+    size = floats;
+  }
+  return buffer.get();
+}
+
+// A part of GEMM work: its share of C and the thread's scratch.
+using GemmTask = c10::function_ref<void(const cpu::GemmPart&, float* scratch)>;
+
+// Splits C (M, N), a sum over K, among the threads so that the largest part is small, then so that
+// little is packed twice. Under 2 MFLOP a fork costs more than it saves.
+inline void parallel_gemm(int64_t M, int64_t N, int64_t K, GemmTask task) {
+  const cpu::Kernels& table = cpu::kernels();
+  const bool small = static_cast<double>(M) * N * K < 1e6;
+  const int64_t threads = small || at::in_parallel_region() ? 1 : at::get_num_threads();
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t rows = ceil_div(M, table.gemm_tile_rows), cols = ceil_div(N, table.gemm_tile_cols);
+  int64_t parts_m = 1, parts_n = 1, best_work = INT64_MAX, best_packed = INT64_MAX;
+  for (int64_t pm = 1; pm <= threads; ++pm) {
+    const int64_t pn = threads / pm;
+    const int64_t work = ceil_div(rows, pm) * ceil_div(cols, pn), packed = pm * N + pn * M;
+    if (work < best_work || (work == best_work && packed < best_packed)) {
+      parts_m = pm, parts_n = pn, best_work = work, best_packed = packed;
+    }
+  }
+  const int64_t step_m = ceil_div(rows, parts_m) * table.gemm_tile_rows;
+  const int64_t step_n = ceil_div(cols, parts_n) * table.gemm_tile_cols;
+  at::parallel_for(0, parts_m * parts_n, 1, [&](int64_t begin, int64_t end) {
+    float* const memory = scratch(table.gemm_scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / parts_n * step_m, n = i % parts_n * step_n;
+      if ((m < M && n < N) || i == 0)
+        task({m, std::min(M, m + step_m), n, std::min(N, n + step_n)}, memory);
+    }
+  });
+}
+
+// ---- gradients ------------------------------------------------------------------------------
+
+inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* t : tensors)
+    if (t->defined() && t->requires_grad()) return true;
+  return false;
+}
+
+// Gradients that can be differentiated again (create_graph=True): PyTorch's own op, computed anew
+// from the saved inputs and differentiated by PyTorch. One slot an input; undefined where an input
+// is undefined or needs no gradient.
+template <class Forward>
+variable_list differentiable_backward(const Forward& forward, variable_list inputs,
+                                      const Tensor& grad_y) {
+  variable_list wanted;
+  for (Tensor& x : inputs) {
+    if (!x.defined()) continue;
+    x = x.view_as(x);  // the same tensor may stand in two slots: each gets its own gradient
+    if (x.requires_grad()) wanted.push_back(x);
+  }
+  const variable_list grads =
+      torch::autograd::grad({forward(inputs)}, wanted, {grad_y}, /*retain_graph=*/std::nullopt,
+                            /*create_graph=*/true, /*allow_unused=*/true);
+  variable_list out;
+  auto next = grads.begin();
+  for (const Tensor& x : inputs)
+    out.push_back(x.defined() && x.requires_grad() ? *next++ : Tensor());
+  return out;
+}
+
+// The typed handle of one of our ops, looked up once by the caller's static.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// "dlkernels::<op>" runs PyTorch's own ops (`torch_path`, built from at:: functions) where ours
+// have no say: on other devices, under autocast, and under the transforms of torch.func.
+template <class F>
+void register_torch_path(const char* op, F* torch_path) {
+  static std::vector<std::unique_ptr<torch::Library>> libraries;  // live as long as the process
+  for (const auto key :
+       {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::AutocastCPU,
+        c10::DispatchKey::AutocastCUDA, c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
+    libraries.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "dlkernels", key,
+                                                         __FILE__, __LINE__));
+    libraries.back()->impl(op, torch_path);
+  }
+}
+
+}  // namespace dlkernels

@@ -1,0 +1,210 @@
+// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+
+#include "common.h"
+
+namespace dlkernels {
+
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  // y is linear_relu's output, absent for linear. Gradients nobody asked for come back undefined.
+  m.def(
+      "linear_backward(Tensor grad_y, Tensor input, Tensor weight, Tensor? y, "
+      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+OpStats linear_stats("linear"), linear_relu_stats("linear_relu"),
+    linear_backward_stats("linear_backward");
+
+template <bool kRelu>
+constexpr const char* kName = kRelu ? "linear_relu" : "linear";
+
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+using Linear = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
+using LinearBackward = Grads(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                             const optional<Tensor>& y, std::array<bool, 3> mask);
+
+// PyTorch's own, for what is not ours.
+template <bool kRelu>
+Tensor linear_torch(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  (kRelu ? linear_relu_stats : linear_stats).torch_ran();
+  const Tensor y = at::linear(input, weight, bias);
+  return kRelu ? at::relu(y) : y;
+}
+
+// float32, a matrix as weight and a vector as bias. What PyTorch accepts beyond (a weight vector,
+// a bias that broadcasts) is PyTorch's.
+template <bool kRelu>
+bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  check_device(kName<kRelu>, input, weight);
+  check_device(kName<kRelu>, input, bias);
+  return is_ours(input) && is_ours(weight) && is_ours(bias) && input.dim() >= 1 &&
+         weight.dim() == 2 && (!bias || bias->dim() == 1);
+}
+
+// ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
+
+// input (..., K), weight (N, K), bias (N) -> (..., N)
+template <bool kRelu>
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  TORCH_CHECK(input.dim() >= 1 && weight.dim() == 2, kName<kRelu>,
+              ": input must be (..., K) and weight (N, K), got input ", input.sym_sizes(),
+              " and weight ", weight.sym_sizes());
+  const c10::SymInt N = weight.sym_size(0), K = weight.sym_size(1);
+  TORCH_CHECK(input.sym_size(-1) == K, kName<kRelu>, ": input's last dimension must be ", K,
+              " (weight is ", weight.sym_sizes(), "), got input ", input.sym_sizes());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->sym_size(0) == N), kName<kRelu>,
+              ": bias must be (", N, ") (weight is ", weight.sym_sizes(), "), got bias ",
+              bias->sym_sizes());
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.back() = N;
+  return at::empty_symint(sizes, input.options());
+}
+
+Grads linear_backward_meta(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                           const optional<Tensor>& y, std::array<bool, 3> mask) {
+  check_device("linear_backward", input, grad_y);
+  check_device("linear_backward", input, weight);
+  check_device("linear_backward", input, y);
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  TORCH_CHECK(weight.dim() == 2 && !sizes.empty() && sizes.back() == weight.sym_size(1),
+              "linear_backward: input must be (..., K) and weight (N, K), got input ",
+              input.sym_sizes(), " and weight ", weight.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  TORCH_CHECK(grad_y.sym_sizes() == sizes && (!y || y->sym_sizes() == sizes),
+              "linear_backward: grad_y and y must be ", c10::SymIntArrayRef(sizes), ", got grad_y ",
+              grad_y.sym_sizes(), y ? " and y " : "", y ? y->sym_sizes() : c10::SymIntArrayRef());
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(input) && is_ours(weight) && is_ours(y),
+                              "linear_backward: tensors must be dense float32, got grad_y ",
+                              grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ",
+                              weight.scalar_type());
+  return {mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
+          mask[1] ? at::empty_symint(weight.sym_sizes(), input.options()) : Tensor(),
+          mask[2] ? at::empty_symint({weight.sym_size(0)}, input.options()) : Tensor()};
+}
+
+// ---- cpu ----------------------------------------------------------------------------------
+
+// (..., K) -> (M, K), a view where the strides allow it.
+Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
+
+// Any strides: packing reads transposed and expanded operands as they lie.
+cpu::Matrix matrix(const Tensor& x, const float* relu_y = nullptr) {
+  return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), relu_y};
+}
+
+template <bool kRelu>
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
+  (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
+  Tensor y = linear_meta<kRelu>(input, weight, bias);
+  const Tensor x = as_matrix(input), b = bias ? bias->contiguous() : Tensor();
+  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  const cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(),
+                               .row = N,
+                               .row_bias = nullptr,
+                               .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
+                               .relu = kRelu,
+                               .accumulate = false,
+                               .row_sums = nullptr};
+  parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* scratch) {
+    cpu::kernels().gemm(matrix(x), matrix(weight), K, out, part, scratch);
+  });
+  return y;
+}
+
+Grads linear_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                          const optional<Tensor>& y, std::array<bool, 3> mask) {
+  auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
+  linear_backward_stats.kernel_ran();
+  const Tensor x = as_matrix(input);
+  // The mask y > 0 is read together with grad_y, so the two must lie alike.
+  const Tensor yc = y ? y->contiguous() : Tensor();
+  const Tensor gy = as_matrix(y ? grad_y.contiguous() : grad_y);
+  const cpu::Matrix g = matrix(gy, y ? yc.const_data_ptr<float>() : nullptr);
+  const cpu::Matrix g_t = {g.data, g.col, g.row, g.relu_y};
+  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  if (mask[0]) {
+    const cpu::GemmOutput out = {.c = grad_x.mutable_data_ptr<float>(), .row = K};
+    parallel_gemm(M, K, N, [&](const cpu::GemmPart& part, float* scratch) {
+      cpu::kernels().gemm(g, matrix(weight.t()), N, out, part, scratch);
+    });
+  }
+  if (mask[1] || mask[2]) {  // the bias gradient is the row sums of the same packed operand
+    const int64_t columns = mask[1] ? K : 0;
+    const cpu::GemmOutput out = {
+        .c = mask[1] ? grad_weight.mutable_data_ptr<float>() : nullptr,
+        .row = K,
+        .row_sums = mask[2] ? grad_bias.mutable_data_ptr<float>() : nullptr};
+    parallel_gemm(N, columns, M, [&](const cpu::GemmPart& part, float* scratch) {
+      cpu::kernels().gemm(g_t, matrix(x.t()), M, out, part, scratch);
+    });
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// ---- gradient -----------------------------------------------------------------------------
+
+template <bool kRelu>
+struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const optional<Tensor>& bias) {
+    static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor y = op.call(input, weight, bias);
+    ctx->save_for_backward({input, weight, bias.value_or(Tensor()), kRelu ? y : Tensor()});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<LinearBackward>("dlkernels::linear_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &y = saved[3];
+    if (at::GradMode::is_enabled()) {
+      return differentiable_backward(
+          [](const variable_list& in) {
+            const Tensor z = at::linear(in[0], in[1], in[2]);
+            return kRelu ? at::relu(z) : z;
+          },
+          {input, weight, bias}, grads[0]);
+    }
+    // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
+    const bool grad_bias = bias.defined() && ctx->needs_input_grad(2);
+    auto [gx, gw, gb] = op.call(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt,
+                                {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
+    return {gx, gw, gb};
+  }
+};
+
+template <bool kRelu>
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
+  return LinearFunction<kRelu>::apply(input, weight, bias);
+}
+
+const bool torch_paths = (register_torch_path("linear", linear_torch<false>),
+                          register_torch_path("linear_relu", linear_torch<true>), true);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("linear", linear_cpu<false>);
+  m.impl("linear_relu", linear_cpu<true>);
+  m.impl("linear_backward", linear_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
+  m.impl("linear", linear_meta<false>);
+  m.impl("linear_relu", linear_meta<true>);
+  m.impl("linear_backward", linear_backward_meta);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("linear", linear_autograd<false>);
+  m.impl("linear_relu", linear_autograd<true>);
+}
+
+}  // namespace dlkernels

@@ -1,0 +1,113 @@
+// relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/relu.inl.h.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/threshold_backward.h>
+
+#include "common.h"
+
+namespace dlkernels {
+
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  m.def("relu(Tensor input) -> Tensor");
+  m.def("relu_backward(Tensor grad_y, Tensor y) -> Tensor");
+}
+
+namespace {
+
+OpStats relu_stats("relu"), relu_backward_stats("relu_backward");
+
+using Relu = Tensor(const Tensor& input);
+using ReluBackward = Tensor(const Tensor& grad_y, const Tensor& y);
+
+// PyTorch's own, for what is not ours.
+Tensor relu_torch(const Tensor& input) {
+  relu_stats.torch_ran();
+  return at::relu(input);
+}
+
+// ---- shapes: shared by every device and by torch.compile ----------------------------------
+
+Tensor relu_meta(const Tensor& input) { return at::empty_like(input); }
+
+Tensor relu_backward_meta(const Tensor& grad_y, const Tensor& y) {
+  check_device("relu_backward", y, grad_y);
+  TORCH_CHECK(grad_y.sym_sizes() == y.sym_sizes(), "relu_backward: grad_y must be ", y.sym_sizes(),
+              " as y is, got ", grad_y.sym_sizes());
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(y),
+                              "relu_backward: tensors must be dense float32, got grad_y ",
+                              grad_y.scalar_type(), " and y ", y.scalar_type());
+  return at::empty_like(y);
+}
+
+// ---- cpu ----------------------------------------------------------------------------------
+
+constexpr int64_t kGrain = 32768;  // about 20 us: below, a fork costs more than it saves
+
+// x as it lies in memory if it lies there like y, else a copy that does.
+Tensor laid_out_as(const Tensor& y, const Tensor& x) {
+  return x.strides() == y.strides() ? x : at::empty_like(y).copy_(x);
+}
+
+Tensor relu_cpu(const Tensor& input) {
+  if (!is_ours(input)) return relu_torch(input);
+  relu_stats.kernel_ran();
+  Tensor y = relu_meta(input);
+  const Tensor x = laid_out_as(y, input);
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  at::parallel_for(0, y.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { cpu::kernels().relu(from, to, begin, end); });
+  return y;
+}
+
+Tensor relu_backward_cpu(const Tensor& grad_y, const Tensor& y) {
+  Tensor grad_x = relu_backward_meta(grad_y, y);
+  relu_backward_stats.kernel_ran();
+  const Tensor gc = laid_out_as(grad_x, grad_y), yc = laid_out_as(grad_x, y);
+  const float *g = gc.const_data_ptr<float>(), *mask = yc.const_data_ptr<float>();
+  float* to = grad_x.mutable_data_ptr<float>();
+  at::parallel_for(0, y.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    cpu::kernels().relu_backward(g, mask, to, begin, end);
+  });
+  return grad_x;
+}
+
+// ---- gradient -----------------------------------------------------------------------------
+
+struct ReluFunction : torch::autograd::Function<ReluFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input) {
+    static const auto op = find_op<Relu>("dlkernels::relu");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor y = op.call(input);
+    ctx->save_for_backward({y});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<ReluBackward>("dlkernels::relu_backward");
+    const Tensor y = ctx->get_saved_variables()[0];
+    // The gradient is linear in grad_y and does not depend on the input in between its kinks.
+    if (at::GradMode::is_enabled()) return {at::threshold_backward(grads[0], y, 0)};
+    return {op.call(grads[0], y)};
+  }
+};
+
+Tensor relu_autograd(const Tensor& input) {
+  return is_ours(input) ? ReluFunction::apply(input) : relu_torch(input);
+}
+
+const bool torch_paths = (register_torch_path("relu", relu_torch), true);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("relu", relu_cpu);
+  m.impl("relu_backward", relu_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
+  m.impl("relu", relu_meta);
+  m.impl("relu_backward", relu_backward_meta);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) { m.impl("relu", relu_autograd); }
+
+}  // namespace dlkernels

@@ -1,0 +1,3 @@
+"""The one switch: see dlkernels.disabled()."""
+
+enabled = True

@@ -1,0 +1,84 @@
+"""What every op's tests share: an op of ours against PyTorch's, both against float64."""
+
+from contextlib import contextmanager
+
+import torch
+
+from dlkernels import _C
+
+
+@contextmanager
+def calls(kernels=(), torchs=()):
+    """Exactly these ops ran on kernels of ours, and exactly those were left to PyTorch."""
+    before = _C.stats()
+    yield
+    now = _C.stats()
+    for which, path, expected in ((0, "kernels of ours", kernels), (1, "PyTorch", torchs)):
+        got = {op for op in now if now[op][which] > before[op][which]}
+        assert got == set(expected), f"ops that ran on {path}: {got}, expected {set(expected)}"
+
+
+def steps(x):
+    """Strides, of the dimensions in which anything moves."""
+    return [(dim, x.stride(dim)) for dim in range(x.dim()) if x.size(dim) > 1]
+
+
+def assert_close(got, torchs, exact):
+    """|got - float64| <= max(PyTorch's default tolerance, 4 x the error of PyTorch's own op)."""
+    assert (got.dtype, got.shape) == (torchs.dtype, torchs.shape)
+    if not got.is_floating_point() or got.numel() == 0:
+        return torch.testing.assert_close(got, torchs, rtol=0, atol=0)
+
+    def error(x):
+        same = (x == exact) | (x.isnan() & exact.isnan())
+        return torch.where(same, 0.0, (x.double() - exact).abs())
+
+    bound = torch.maximum(1e-5 + 1.3e-6 * exact.abs(), 4 * error(torchs).max()).nan_to_num()
+    wrong = ~(error(got) <= bound)
+    assert not wrong.any(), f"got {got[wrong]}, PyTorch {torchs[wrong]}, float64 {exact[wrong]}"
+
+
+def run(f, args, kwargs, dtype, grad_ys=None):
+    """f's outputs, its gradients (for tensors that require one), and the grad_ys that were used."""
+
+    def leaf(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+    args, kwargs = [leaf(x) for x in args], {k: leaf(v) for k, v in kwargs.items()}
+    ys = f(*args, **kwargs)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    inputs = [
+        x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor) and x.requires_grad
+    ]
+    if not inputs:
+        return ys, (), None
+    grad_ys = grad_ys or [torch.randn_like(y) for y in ys if y.requires_grad]
+    wanted = [y for y in ys if y.requires_grad]
+    grads = torch.autograd.grad(wanted, inputs, [g.to(dtype) for g in grad_ys])
+    return ys, grads, grad_ys
+
+
+def check(ours, torchs, args, kwargs=None, forward=(), backward=(), grad_strides=True):
+    """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`; the inputs stay
+    as they are; and the named kernels of ours ran (`backward` where a gradient is wanted), nothing
+    through PyTorch. grad_strides=False where PyTorch's gradients happen to lie transposed."""
+    kwargs = kwargs or {}
+    tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
+    before = [(x.clone(), x._version) for x in tensors]
+    kernels = {*forward, *(backward if any(x.requires_grad for x in tensors) else ())}
+    with calls(kernels):
+        ys, grads, grad_ys = run(ours, args, kwargs, torch.float32)
+    ys_torch, grads_torch, _ = run(torchs, args, kwargs, torch.float32, grad_ys)
+    ys_exact, grads_exact, _ = run(torchs, args, kwargs, torch.float64, grad_ys)
+    for results in zip(
+        [*ys, *grads], [*ys_torch, *grads_torch], [*ys_exact, *grads_exact], strict=True
+    ):
+        assert_close(*results)
+    for got, torch_ in zip([*ys, *grads], [*ys_torch, *grads_torch], strict=True):
+        if got.numel() > 0 and (grad_strides or got.grad_fn):
+            assert steps(got) == steps(torch_)
+    for x, (value, version) in zip(tensors, before, strict=True):
+        assert x._version == version
+        torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)

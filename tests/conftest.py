@@ -1,0 +1,26 @@
+"""Every test that takes `machine` runs on each instruction set, with one thread and with two."""
+
+import pytest
+import torch
+
+from dlkernels import _C
+
+ISAS = [isa for isa in ("baseline", "avx2", "avx512") if _C.set_isa(isa)]  # the last is the best
+
+
+@pytest.fixture(
+    params=[(isa, threads) for isa in ISAS for threads in (1, 2)], ids="{0[0]}-{0[1]}".format
+)
+def machine(request):
+    isa, threads = request.param
+    before = torch.get_num_threads()
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+    yield isa
+    torch.set_num_threads(before)
+    _C.set_isa(ISAS[-1])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,67 @@
+"""linear and linear_relu: torch.nn.functional.linear, and relu of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dlkernels.functional as ours
+from common import check
+
+PAIRS = {
+    "linear": (ours.linear, F.linear),
+    "linear_relu": (ours.linear_relu, lambda *a: F.relu(F.linear(*a))),
+}
+op = pytest.mark.parametrize("op", PAIRS)
+
+
+def samples(device="cpu"):
+    """(input, weight, bias): tails around the register tiles, odd strides, nothing at all."""
+
+    def t(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    for M, K, N in [
+        (1, 1, 1),
+        (2, 3, 5),
+        (13, 17, 31),
+        (14, 16, 32),
+        (15, 15, 33),
+        (29, 257, 65),
+        (64, 784, 10),
+    ]:
+        yield t(M, K), t(N, K), t(N)
+        yield t(M, K), t(N, K), None
+    for M, K, N in [(0, 5, 3), (4, 0, 3), (4, 5, 0)]:
+        yield t(M, K), t(N, K), t(N)
+    yield t(7), t(5, 7), t(5)  # any rank
+    yield t(2, 3, 4, 7), t(5, 7), t(5)
+    yield t(7, 9).t(), t(7, 5).t(), t(5, 2)[:, 0]  # transposed, strided
+    yield t(4, 6, 7).transpose(0, 1), t(5, 14)[:, ::2], t(5)
+    yield t(1, 7).expand(6, 7), t(5, 7), t(1).expand(5)
+    yield t(50)[1:43].view(6, 7), t(5, 7), t(5)  # misaligned
+    yield t(300, 300), t(200, 300), t(200)  # several blocks and parts
+    yield t(6, 7).detach(), t(5, 7), t(5)  # no gradient for some
+    yield t(6, 7), t(5, 7).detach(), t(5)
+    yield t(6, 7), t(5, 7), t(5).detach()
+    yield t(6, 7).detach(), t(5, 7).detach(), t(5)
+
+
+@op
+def test_values_and_gradients(machine, op):
+    f, g = PAIRS[op]
+    for args in samples():
+        check(f, g, args, forward=[op], backward=["linear_backward"], grad_strides=False)
+
+
+@op
+def test_opcheck(op):
+    for args in samples():
+        torch.library.opcheck(getattr(torch.ops.dlkernels, op), args)
+
+
+@op
+def test_compile(op):
+    f, g = PAIRS[op]
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for args in list(samples())[:6]:
+        check(compiled, g, args, forward=[op], backward=["linear_backward"], grad_strides=False)

@@ -22,7 +22,7 @@ _PLAIN = {Tensor, Parameter, FakeTensor, FunctionalTensor, type(None)}
 
 
 def _ours(*tensors):
-    """Whether our op is asked at all; whether it has a kernel for the arguments, it decides itself."""
+    """Whether our op is asked at all; it decides itself whether it has a kernel."""
     for t in tensors:
         if type(t) not in _PLAIN:
             return False
@@ -57,7 +57,7 @@ def linear(input, weight, bias=None):
 
 
 def linear_relu(input, weight, bias=None):
-    """``relu(linear(input, weight, bias))`` in one pass, forward and backward: see :func:`linear`."""
+    """``relu(linear(input, weight, bias))`` in one pass, both ways: see :func:`linear`."""
     if _ours(input, weight, bias):
         return _ops.linear_relu.default(input, weight, bias)
     return _torch("linear_relu", _linear_relu_torch, input, weight, bias)

@@ -61,9 +61,9 @@ def run(f, args, kwargs, dtype, grad_ys=None):
 
 
 def check(ours, torchs, args, kwargs=None, forward=(), backward=(), grad_strides=True):
-    """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`; the inputs stay
-    as they are; and the named kernels of ours ran (`backward` where a gradient is wanted), nothing
-    through PyTorch. grad_strides=False where PyTorch's gradients happen to lie transposed."""
+    """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`; the inputs
+    stay as they are; and the named kernels of ours ran (`backward` where a gradient is wanted),
+    nothing through PyTorch. grad_strides=False where PyTorch's happen to lie transposed."""
     kwargs = kwargs or {}
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
     before = [(x.clone(), x._version) for x in tensors]

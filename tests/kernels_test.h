@@ -1,0 +1,78 @@
+// Torch-free tests of the kernel tables: run on every table this machine supports, with every
+// buffer against a guard page, first at its end and then at its start. Build with any sanitizer:
+//   g++ -std=c++20 -g -fsanitize=address,undefined -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp
+#pragma once
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace dlkernels::test {
+
+inline bool guard_at_end = true;  // which side of a buffer touches inaccessible memory
+
+// n values of T between two inaccessible pages, touching one of them.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : size_(n) {
+    const size_t page = sysconf(_SC_PAGESIZE), bytes = n * sizeof(T);
+    length_ = (bytes + page - 1) / page * page + 2 * page;
+    void* map = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    base_ = static_cast<char*>(map);
+    mprotect(base_ + page, length_ - 2 * page, PROT_READ | PROT_WRITE);
+    data_ = reinterpret_cast<T*>(guard_at_end ? base_ + length_ - page - bytes : base_ + page);
+  }
+  // Numbers in [-1, 1) that repeat on every run.
+  Buffer(int64_t n, uint32_t seed) : Buffer(n) {
+    for (int64_t i = 0; i < n; ++i) {
+      seed = seed * 1664525u + 1013904223u;
+      data_[i] = static_cast<T>(static_cast<int32_t>(seed) * 0x1p-31);
+    }
+  }
+  ~Buffer() { munmap(base_, length_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t size() const { return size_; }
+  void fill(T value) {
+    for (int64_t i = 0; i < size_; ++i) data_[i] = value;
+  }
+
+ private:
+  int64_t size_;
+  size_t length_;
+  char* base_;
+  T* data_;
+};
+
+// A test returns the number of wrong results; a static Test registers it.
+struct Test {
+  using Run = int (*)(const cpu::Kernels&);
+  Test(const char* name, Run run) { all().push_back({name, run}); }
+
+  struct Entry {
+    const char* name;
+    Run run;
+  };
+  static std::vector<Entry>& all() {
+    static std::vector<Entry> tests;
+    return tests;
+  }
+};
+
+inline bool close(double got, double expected, double tolerance) {
+  return (std::isnan(got) && std::isnan(expected)) || got == expected ||
+         std::fabs(got - expected) <= tolerance;
+}
+
+}  // namespace dlkernels::test

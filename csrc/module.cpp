@@ -6,7 +6,7 @@
 
 namespace py = pybind11;
 
-TORCH_LIBRARY(dlkernels, m) {}
+TORCH_LIBRARY(dlkernels, /*m*/) {}
 
 PYBIND11_MODULE(_C, m) {
   using namespace dlkernels;

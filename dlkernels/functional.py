@@ -18,7 +18,9 @@ from . import _C, _state
 _ops = torch.ops.dlkernels
 
 # Exact types: a subclass may mean anything by an op, so PyTorch's own dispatch decides about it.
-_PLAIN = {Tensor, Parameter, FakeTensor, FunctionalTensor, type(None)}
+_PLAIN = {Tensor, Parameter, FakeTensor, FunctionalTensor}
+
+_INT = (int, torch.SymInt)
 
 
 def _ours(*tensors):
@@ -36,6 +38,17 @@ def _torch(op, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
+def _are_ints(x):
+    """One int, or one or two of them, as PyTorch's sizes in two dimensions may be given."""
+    if isinstance(x, _INT):
+        return True
+    return isinstance(x, tuple | list) and len(x) in (1, 2) and all(isinstance(i, _INT) for i in x)
+
+
+def _pair(x):
+    return (x, x) if isinstance(x, _INT) else (x[0], x[-1])
+
+
 def linear(input, weight, bias=None):
     """``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
@@ -51,14 +64,14 @@ def linear(input, weight, bias=None):
         RuntimeError: for shapes, dtypes or devices that do not go together.
         TypeError: where an argument is no tensor.
     """
-    if _ours(input, weight, bias):
+    if _ours(input, weight, weight if bias is None else bias):
         return _ops.linear.default(input, weight, bias)
     return _torch("linear", F.linear, input, weight, bias)
 
 
 def linear_relu(input, weight, bias=None):
     """``relu(linear(input, weight, bias))`` in one pass, both ways: see :func:`linear`."""
-    if _ours(input, weight, bias):
+    if _ours(input, weight, weight if bias is None else bias):
         return _ops.linear_relu.default(input, weight, bias)
     return _torch("linear_relu", _linear_relu_torch, input, weight, bias)
 
@@ -77,3 +90,57 @@ def relu(input, inplace=False):
     if not inplace and _ours(input):
         return _ops.relu.default(input)
     return _torch("relu", F.relu, input, inplace)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """2-D convolution: :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), contiguous or channels_last; the output lies likewise
+        weight: (K, C / groups, KH, KW)
+        bias: (K) or None
+        stride, dilation: one number or (h, w)
+        padding: one number, (h, w), ``"valid"`` or ``"same"``
+
+    Returns:
+        (N, K, OH, OW) or (K, OH, OW)
+
+    Raises:
+        RuntimeError: for shapes, values, dtypes or devices that do not go together.
+        TypeError: where an argument is of no fitting Python type.
+    """
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    if sizes and _ours(input, weight, weight if bias is None else bias):
+        return _ops.conv2d.default(input, weight, bias, *sizes)
+    return _torch("conv2d", F.conv2d, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """``relu(conv2d(...))`` in one pass, both ways: see :func:`conv2d`."""
+    args = (input, weight, bias, stride, padding, dilation, groups)
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    if sizes and _ours(input, weight, weight if bias is None else bias):
+        return _ops.conv2d_relu.default(input, weight, bias, *sizes)
+    return _torch("conv2d_relu", lambda *a: F.relu(F.conv2d(*a)), *args)
+
+
+def _conv2d_sizes(weight, stride, padding, dilation, groups):
+    """(stride, (top, bottom, left, right), dilation, groups), or None: PyTorch is to judge them."""
+    if not (_are_ints(stride) and _are_ints(dilation) and isinstance(groups, _INT)):
+        return None
+    stride, dilation = _pair(stride), _pair(dilation)
+    if padding == "valid":
+        edges = (0, 0, 0, 0)
+    elif padding == "same":
+        if not isinstance(weight, Tensor) or weight.dim() != 4 or stride != (1, 1):
+            return None
+        edges = []
+        for size, step in zip(weight.shape[2:], dilation):
+            total = step * (size - 1)
+            edges += [total // 2, total - total // 2]
+    elif _are_ints(padding):
+        h, w = _pair(padding)
+        edges = (h, h, w, w)
+    else:
+        return None
+    return stride, edges, dilation, groups

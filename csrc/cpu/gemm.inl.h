@@ -120,3 +120,13 @@ static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& 
                  const GemmPart& part, float* scratch) {
   gemm_part(MatrixRows{a}, MatrixRows{b}, K, out, part, scratch);
 }
+
+static void sum_rows(const float* x, int64_t rows, int64_t n, float* y, int64_t begin,
+                     int64_t end) {
+  for (int64_t i = begin; i < end; i += Vec::kWidth) {
+    const int64_t lanes = least(end - i, Vec::kWidth);
+    Vec total = Vec::zero();
+    for (int64_t r = 0; r < rows; ++r) total = total + Vec::load(x + r * n + i, lanes);
+    total.store(y + i, lanes);
+  }
+}

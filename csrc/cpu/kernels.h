@@ -13,13 +13,13 @@ namespace dlkernels::cpu {
 struct Matrix {
   const float* data;
   int64_t row, col;
-  const float* relu_y;
+  const float* relu_y = nullptr;
 };
 
 // Where C (M, N) goes and what is done to it on the way: c[m * row + n] = act(C + bias).
 struct GemmOutput {
   float* c;
-  int64_t row;
+  int64_t row = 0;
   const float* row_bias = nullptr;  // (M) or null
   const float* col_bias = nullptr;  // (N) or null
   bool relu = false;
@@ -41,12 +41,13 @@ struct GemmPart {
 // convolution).
 struct Patches {
   const float* x;
-  const float* relu_y;  // as in Matrix
+  const float* relu_y = nullptr;  // as in Matrix
   int64_t sn, sc, sh, sw;
   int64_t C, KH, KW, OH, OW;
-  const int64_t* h;        // (OH, KH)
-  const int64_t* w;        // (OW, KW)
-  int64_t w_begin, w_end;  // ow for which every w[ow, :] is inside x, and w[ow + 1, :] one more
+  const int64_t* h;  // (OH, KH)
+  const int64_t* w;  // (OW, KW)
+  int64_t w_begin = 0,
+          w_end = 0;  // ow for which every w[ow, :] is inside x, and w[ow + 1, :] one more
 };
 
 // ---- the table -----------------------------------------------------------------------------
@@ -71,6 +72,9 @@ struct Kernels {
   // grad_weight[k, j] = sum_pixel grad_y[k, pixel] * patches[pixel, j]
   void (*conv2d_grad_weight)(const Matrix& grad_y, const Patches& patches, int64_t pixels,
                              const GemmOutput& out, const GemmPart& part, float* scratch);
+
+  // y[i] = sum_r x[r * n + i], in order
+  void (*sum_rows)(const float* x, int64_t rows, int64_t n, float* y, int64_t begin, int64_t end);
 
   // y[i] = max(0, x[i]), NaN kept
   void (*relu)(const float* x, float* y, int64_t begin, int64_t end);

@@ -23,6 +23,7 @@ constinit const Kernels ISA = {
     .gemm = gemm,
     .conv2d = conv2d,
     .conv2d_grad_weight = conv2d_grad_weight,
+    .sum_rows = sum_rows,
     .relu = relu,
     .relu_backward = relu_backward,
 };

@@ -1,0 +1,487 @@
+// conv2d and conv2d_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/conv2d.inl.h.
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/relu.h>
+
+#include "common.h"
+
+namespace dlkernels {
+
+// padding is (top, bottom, left, right), so that 'same' with an even window needs no padded copy.
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, "
+      "SymInt[4] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+  m.def(
+      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, "
+      "SymInt[4] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+  // y is conv2d_relu's output, absent for conv2d. Gradients nobody asked for come back undefined.
+  m.def(
+      "conv2d_backward(Tensor grad_y, Tensor input, Tensor weight, Tensor? y, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+OpStats conv2d_stats("conv2d"), conv2d_relu_stats("conv2d_relu"),
+    conv2d_backward_stats("conv2d_backward");
+
+template <bool kRelu>
+constexpr const char* kName = kRelu ? "conv2d_relu" : "conv2d";
+
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+using Conv2d = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                      SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                      SymInt groups);
+using Conv2dBackward = Grads(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                             const optional<Tensor>& y, SymIntArrayRef stride,
+                             SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                             std::array<bool, 3> mask);
+
+// PyTorch's own, for what is not ours.
+Tensor by_torch(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                SymIntArrayRef stride, SymIntArrayRef p, SymIntArrayRef dilation, SymInt groups) {
+  TORCH_CHECK(p.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ", p);
+  if (p[0] == p[1] && p[2] == p[3])
+    return at::conv2d_symint(input, weight, bias, stride, std::array{p[0], p[2]}, dilation, groups);
+  const Tensor padded = at::constant_pad_nd_symint(input, {p[2], p[3], p[0], p[1]}, 0);
+  const std::array<SymInt, 2> none = {0, 0};
+  return at::conv2d_symint(padded, weight, bias, stride, none, dilation, groups);
+}
+
+template <bool kRelu>
+Tensor conv2d_torch(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                    SymInt groups) {
+  (kRelu ? conv2d_relu_stats : conv2d_stats).torch_ran();
+  const Tensor y = by_torch(input, weight, bias, stride, padding, dilation, groups);
+  return kRelu ? at::relu(y) : y;
+}
+
+// float32 and not empty; what PyTorch makes of empty channels is PyTorch's.
+template <bool kRelu>
+bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  check_device(kName<kRelu>, input, weight);
+  check_device(kName<kRelu>, input, bias);
+  return is_ours(input) && is_ours(weight) && is_ours(bias) && input.sym_numel() != 0 &&
+         weight.sym_numel() != 0;
+}
+
+// ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
+
+// One argument in two dimensions: (h, w), or one number for both.
+std::array<SymInt, 2> pair(const char* name, SymIntArrayRef values, int64_t least) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, "conv2d: ", name,
+              " must be one or two numbers, got ", values);
+  for (const SymInt& v : values)  // small enough that no product of two overflows
+    TORCH_CHECK(v >= least && v <= INT32_MAX, "conv2d: ", name, " must be at least ", least,
+                " and below 2**31, got ", values);
+  return {values[0], values.back()};
+}
+
+Tensor batched(const Tensor& input) { return input.dim() == 3 ? input.unsqueeze(0) : input; }
+
+// As PyTorch: channels_last where the input or the weight is.
+at::MemoryFormat layout(const Tensor& input, const Tensor& weight) {
+  const auto last = at::MemoryFormat::ChannelsLast;
+  return batched(input).suggest_memory_format() == last || weight.suggest_memory_format() == last
+             ? last
+             : at::MemoryFormat::Contiguous;
+}
+
+// input (N, C, H, W) or (C, H, W), weight (K, C / groups, KH, KW) -> sizes of (N, K, OH, OW)
+std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
+                                   SymIntArrayRef padding, SymIntArrayRef dilation,
+                                   const SymInt& groups) {
+  TORCH_CHECK(input.dim() == 3 || input.dim() == 4,
+              "conv2d: input must be (N, C, H, W) or (C, H, W), got ", input.sym_sizes());
+  TORCH_CHECK(weight.dim() == 4, "conv2d: weight must be (K, C / groups, KH, KW), got ",
+              weight.sym_sizes());
+  const auto s = pair("stride", stride, 1), d = pair("dilation", dilation, 1);
+  TORCH_CHECK(padding.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ",
+              padding);
+  const auto top = pair("padding", padding.slice(0, 2), 0);
+  const auto left = pair("padding", padding.slice(2, 2), 0);
+  TORCH_CHECK(groups > 0 && groups <= INT32_MAX, "conv2d: groups must be positive, got ", groups);
+  const SymInt K = weight.sym_size(0), C = weight.sym_size(1) * groups;
+  TORCH_CHECK(K % groups == 0, "conv2d: weight.shape[0] must be a multiple of groups = ", groups,
+              ", got weight ", weight.sym_sizes());
+  TORCH_CHECK(input.sym_size(-3) == C, "conv2d: input must have ", C,
+              " channels (groups = ", groups, ", weight is ", weight.sym_sizes(), "), got input ",
+              input.sym_sizes());
+  std::array<SymInt, 4> sizes = {input.dim() == 4 ? input.sym_size(0) : SymInt(1), K, 0, 0};
+  for (int i = 0; i < 2; ++i) {
+    const SymInt kernel = weight.sym_size(2 + i), size = input.sym_size(i - 2);
+    TORCH_CHECK(kernel <= INT32_MAX, "conv2d: weight must be smaller, got ", weight.sym_sizes());
+    const SymInt padded = size + (i ? left : top)[0] + (i ? left : top)[1];
+    const SymInt window = d[i] * (kernel - 1) + 1;
+    TORCH_CHECK(window <= padded, "conv2d: the dilated kernel must not be larger than the padded ",
+                "input, got kernel size ", window, " and input size ", padded, " in dimension ",
+                i - 2);
+    sizes[2 + i] = (padded - window) / s[i] + 1;
+  }
+  return sizes;
+}
+
+template <bool kRelu>
+Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                   SymInt groups) {
+  const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups);
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->sym_size(0) == sizes[1]), kName<kRelu>,
+              ": bias must be (", sizes[1], ") (weight is ", weight.sym_sizes(), "), got bias ",
+              bias->sym_sizes());
+  const Tensor y = at::empty_symint(sizes, input.options(), layout(input, weight));
+  return input.dim() == 3 ? y.squeeze(0) : y;
+}
+
+Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                           const optional<Tensor>& y, SymIntArrayRef stride, SymIntArrayRef padding,
+                           SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
+  check_device("conv2d_backward", input, grad_y);
+  check_device("conv2d_backward", input, weight);
+  check_device("conv2d_backward", input, y);
+  const auto all = output_sizes(input, weight, stride, padding, dilation, groups);
+  const auto sizes = SymIntArrayRef(all).slice(input.dim() == 3);
+  TORCH_CHECK(grad_y.sym_sizes() == sizes && (!y || y->sym_sizes() == sizes),
+              "conv2d_backward: grad_y and y must be ", sizes, ", got grad_y ", grad_y.sym_sizes(),
+              y ? " and y " : "", y ? y->sym_sizes() : SymIntArrayRef());
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_ours(grad_y) && is_ours(input) && is_ours(weight) && is_ours(y) &&
+          input.sym_numel() != 0 && weight.sym_numel() != 0,
+      "conv2d_backward: tensors must be dense float32 and not empty, got grad_y ",
+      grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  const auto format = layout(input, weight);
+  const auto empty = [&](const Tensor& like) {
+    const Tensor x = at::empty_symint(batched(like).sym_sizes(), input.options(), format);
+    return like.dim() == 3 ? x.squeeze(0) : x;
+  };
+  return {mask[0] ? empty(input) : Tensor(), mask[1] ? empty(weight) : Tensor(),
+          mask[2] ? at::empty_symint({weight.sym_size(0)}, input.options()) : Tensor()};
+}
+
+// ---- cpu ----------------------------------------------------------------------------------
+
+// A checked call in plain numbers, and the index tables of its windows.
+struct Geometry {
+  int64_t N, C, H, W, K, KH, KW, OH, OW, groups, c, k;  // c, k: channels a group
+  std::array<int64_t, 2> stride, padding, dilation;     // padding: top and left
+  bool channels_last;
+
+  Geometry(const Tensor& input, const Tensor& weight, SymIntArrayRef s, SymIntArrayRef p,
+           SymIntArrayRef d, const SymInt& g) {
+    const auto sizes = output_sizes(input, weight, s, p, d, g);
+    const auto number = [](const SymInt& x) { return x.expect_int(); };
+    N = number(sizes[0]), OH = number(sizes[2]), OW = number(sizes[3]);
+    C = input.size(-3), H = input.size(-2), W = input.size(-1);
+    K = weight.size(0), KH = weight.size(2), KW = weight.size(3);
+    groups = number(g), c = C / groups, k = K / groups;
+    stride = {number(s[0]), number(s.back())}, dilation = {number(d[0]), number(d.back())};
+    padding = {number(p[0]), number(p[2])};
+    channels_last = layout(input, weight) == at::MemoryFormat::ChannelsLast;
+  }
+
+  // (outputs, window): the input row (or column) under each tap of a window, -1 outside.
+  std::vector<int64_t> taps(int i, int64_t outputs, int64_t window, int64_t size) const {
+    std::vector<int64_t> table;
+    table.reserve(outputs * window);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t t = 0; t < window; ++t) {
+        const int64_t at = o * stride[i] - padding[i] + t * dilation[i];
+        table.push_back(at >= 0 && at < size ? at : -1);
+      }
+    return table;
+  }
+
+  // (size, window): the output row that reaches an input row through each tap, -1 where none does.
+  std::vector<int64_t> reverse_taps(int i, int64_t size, int64_t window, int64_t outputs) const {
+    std::vector<int64_t> table;
+    table.reserve(size * window);
+    for (int64_t at = 0; at < size; ++at)
+      for (int64_t t = 0; t < window; ++t) {
+        const int64_t o = at + padding[i] - t * dilation[i];
+        table.push_back(o >= 0 && o % stride[i] == 0 && o / stride[i] < outputs ? o / stride[i]
+                                                                                : -1);
+      }
+    return table;
+  }
+
+  at::MemoryFormat format() const {
+    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  }
+};
+
+// An (N, channels, H, W) tensor in one of the two layouts, and what a group or an image of it is.
+struct Images {
+  int64_t sn, sc, sh, sw;
+  Images(bool channels_last, int64_t channels, int64_t H, int64_t W)
+      : sn(channels * H * W),
+        sc(channels_last ? 1 : H * W),
+        sh(channels_last ? W * channels : W),
+        sw(channels_last ? channels : 1) {}
+};
+
+// `count` products of one size: whole ones to each thread where there are enough of them.
+using CountedGemmTask = c10::function_ref<void(int64_t, const cpu::GemmPart&, float* scratch)>;
+void parallel_gemms(int64_t count, int64_t M, int64_t N, int64_t K, CountedGemmTask task) {
+  if (count < at::get_num_threads()) {
+    for (int64_t i = 0; i < count; ++i)
+      parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* s) { task(i, part, s); });
+    return;
+  }
+  const double work = static_cast<double>(M) * N * K;  // about 2 MFLOP are worth a fork
+  const auto grain = static_cast<int64_t>(std::max(1.0, 1e6 / std::max(1.0, work)));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    float* const memory = scratch(cpu::kernels().gemm_scratch);
+    for (int64_t i = begin; i < end; ++i) task(i, {0, M, 0, N}, memory);
+  });
+}
+
+// The products of a forward pass, or of grad_input, which is one with reversed windows: `out` is
+// (N, k channels a group, OH, OW), a group's `patches` are of x's channels, weight is
+// (groups, k, KH, KW, C of patches).
+void convolve(const Geometry& g, cpu::Patches patches, const float* weight, int64_t k,
+              cpu::GemmOutput out) {
+  const int64_t OHW = patches.OH * patches.OW, J = patches.KH * patches.KW * patches.C;
+  const int64_t pixels = (g.channels_last ? g.N : 1) * OHW, images = g.channels_last ? 1 : g.N;
+  const Images y(g.channels_last, k * g.groups, patches.OH, patches.OW);
+  const auto task = [&](int64_t i, const cpu::GemmPart& part, float* scratch) {
+    const int64_t image = i / g.groups, group = i % g.groups;
+    const int64_t from = image * patches.sn + group * patches.C * patches.sc;
+    cpu::Patches p = patches;
+    p.x += from;
+    if (p.relu_y) p.relu_y += from;
+    cpu::GemmOutput o = out;
+    o.c += image * y.sn + group * k * y.sc;
+    o.row = g.channels_last ? y.sw : y.sc;
+    if (o.col_bias) o.col_bias += group * k;
+    if (o.row_bias) o.row_bias += group * k;
+    cpu::kernels().conv2d(p, weight + group * k * J, g.channels_last, o, part, scratch);
+  };
+  const int64_t M = g.channels_last ? pixels : k, N = g.channels_last ? k : pixels;
+  parallel_gemms(images * g.groups, M, N, J, task);
+}
+
+template <bool kRelu>
+Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                  SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                  SymInt groups) {
+  if (!ours<kRelu>(input, weight, bias))
+    return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  Tensor y = conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
+  const Geometry g(input, weight, stride, padding, dilation, groups);
+  const Tensor x = batched(input).contiguous(g.format());
+  const Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);  // (K, KH, KW, c)
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const auto rows = g.taps(0, g.OH, g.KH, g.H), cols = g.taps(1, g.OW, g.KW, g.W);
+  const Images from(g.channels_last, g.C, g.H, g.W);
+  const cpu::Patches patches = {.x = x.const_data_ptr<float>(),
+                                .sn = from.sn,
+                                .sc = from.sc,
+                                .sh = from.sh,
+                                .sw = from.sw,
+                                .C = g.c,
+                                .KH = g.KH,
+                                .KW = g.KW,
+                                .OH = g.OH,
+                                .OW = g.OW,
+                                .h = rows.data(),
+                                .w = cols.data()};
+  cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(), .relu = kRelu};
+  if (bias) (g.channels_last ? out.col_bias : out.row_bias) = b.const_data_ptr<float>();
+  convolve(g, patches, w.const_data_ptr<float>(), g.k, out);
+  return y;
+}
+
+// grad_input[n, c, h, w]: every output pixel that saw it, through the tap it saw it by.
+void conv2d_grad_input(const Geometry& g, const Tensor& gy, const float* relu_y,
+                       const Tensor& weight, const Tensor& grad_input) {
+  const Tensor w = weight.reshape({g.groups, g.k, g.c, g.KH, g.KW}).permute({0, 2, 3, 4, 1});
+  const Tensor wc = w.contiguous();  // (groups, c, KH, KW, k)
+  const auto rows = g.reverse_taps(0, g.H, g.KH, g.OH), cols = g.reverse_taps(1, g.W, g.KW, g.OW);
+  const Images from(g.channels_last, g.K, g.OH, g.OW);
+  const cpu::Patches patches = {.x = gy.const_data_ptr<float>(),
+                                .relu_y = relu_y,
+                                .sn = from.sn,
+                                .sc = from.sc,
+                                .sh = from.sh,
+                                .sw = from.sw,
+                                .C = g.k,
+                                .KH = g.KH,
+                                .KW = g.KW,
+                                .OH = g.H,
+                                .OW = g.W,
+                                .h = rows.data(),
+                                .w = cols.data()};
+  convolve(g, patches, wc.const_data_ptr<float>(), g.c,
+           {.c = grad_input.mutable_data_ptr<float>()});
+}
+
+// grad_weight[k, c, kh, kw] and grad_bias[k]: sums over all pixels of all images. The images are
+// cut into chunks, each with sums of its own, by a rule of the shape alone: same bits always.
+void conv2d_grad_weight(const Geometry& g, const Tensor& gy, const float* relu_y, const Tensor& x,
+                        const optional<Tensor>& grad_weight, const optional<Tensor>& grad_bias) {
+  const int64_t OHW = g.OH * g.OW, J = g.KH * g.KW * g.c, size = g.K * J;
+  const int64_t chunks =
+      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(g.N, 16));
+  const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, gy.options());
+  const Tensor bias_sums = at::empty({chunks, g.K}, gy.options());
+  const auto rows = g.taps(0, g.OH, g.KH, g.H), cols = g.taps(1, g.OW, g.KW, g.W);
+  const Images from(g.channels_last, g.C, g.H, g.W), grad(g.channels_last, g.K, g.OH, g.OW);
+  cpu::Patches patches = {.x = x.const_data_ptr<float>(),
+                          .sn = from.sn,
+                          .sc = from.sc,
+                          .sh = from.sh,
+                          .sw = from.sw,
+                          .C = g.c,
+                          .KH = g.KH,
+                          .KW = g.KW,
+                          .OH = g.OH,
+                          .OW = g.OW,
+                          .h = rows.data(),
+                          .w = cols.data()};
+  const auto inside = [&](int64_t ow) {  // all taps of this column lie in x
+    return cols[ow * g.KW] >= 0 && cols[ow * g.KW + g.KW - 1] >= 0;
+  };
+  if (g.stride[1] == 1) {
+    while (patches.w_begin < g.OW && !inside(patches.w_begin)) ++patches.w_begin;
+    patches.w_end = patches.w_begin;
+    while (patches.w_end < g.OW && inside(patches.w_end)) ++patches.w_end;
+  }
+  float* const to = grad_weight ? sums.mutable_data_ptr<float>() : nullptr;
+  float* const bias_to = bias_sums.mutable_data_ptr<float>();
+  const float* const gy_data = gy.const_data_ptr<float>();
+  const auto task = [&](int64_t i, const cpu::GemmPart& part, float* scratch) {
+    const int64_t chunk = i / g.groups, group = i % g.groups;
+    const int64_t begin = g.N * chunk / chunks, end = g.N * (chunk + 1) / chunks;
+    // channels_last: the pixels of all images are one long sum; NCHW: image after image.
+    const int64_t step = g.channels_last ? end - begin : 1;
+    for (int64_t n = begin; n < end; n += step) {
+      cpu::Patches p = patches;
+      p.x += n * from.sn + group * g.c * from.sc;
+      const int64_t at = n * grad.sn + group * g.k * grad.sc;
+      const cpu::Matrix a = {gy_data + at, grad.sc, grad.sw, relu_y ? relu_y + at : nullptr};
+      const cpu::GemmOutput out = {.c = to ? to + chunk * size + group * g.k * J : nullptr,
+                                   .row = J,
+                                   .accumulate = n != begin,
+                                   .row_sums = bias_to + chunk * g.K + group * g.k};
+      cpu::kernels().conv2d_grad_weight(a, p, step * OHW, out, part, scratch);
+    }
+  };
+  parallel_gemms(chunks * g.groups, g.k, grad_weight ? J : 0, g.N / chunks * OHW, task);
+
+  const auto reduce = [&](const Tensor& partial, float* result) {
+    const int64_t n = partial.size(1);
+    at::parallel_for(0, n, 65536, [&](int64_t b, int64_t e) {
+      cpu::kernels().sum_rows(partial.const_data_ptr<float>(), chunks, n, result, b, e);
+    });
+  };
+  if (grad_bias) reduce(bias_sums, grad_bias->mutable_data_ptr<float>());
+  if (grad_weight && g.channels_last) {
+    reduce(sums, grad_weight->mutable_data_ptr<float>());
+  } else if (grad_weight) {  // (K, KH, KW, c) is how a channels_last weight lies
+    const Tensor w = at::empty(grad_weight->sizes(), gy.options(), at::MemoryFormat::ChannelsLast);
+    reduce(sums, w.mutable_data_ptr<float>());
+    grad_weight->copy_(w);
+  }
+}
+
+Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                          const optional<Tensor>& y, SymIntArrayRef stride, SymIntArrayRef padding,
+                          SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
+  auto [grad_input, grad_weight, grad_bias] =
+      conv2d_backward_meta(grad_y, input, weight, y, stride, padding, dilation, groups, mask);
+  conv2d_backward_stats.kernel_ran();
+  const Geometry g(input, weight, stride, padding, dilation, groups);
+  const Tensor gy = batched(grad_y).contiguous(g.format());
+  const Tensor yc = y ? batched(*y).contiguous(g.format()) : Tensor();
+  const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
+  if (mask[0]) conv2d_grad_input(g, gy, relu_y, weight, grad_input);
+  if (mask[1] || mask[2]) {
+    const Tensor x = batched(input).contiguous(g.format());
+    conv2d_grad_weight(g, gy, relu_y, x, mask[1] ? optional(grad_weight) : std::nullopt,
+                       mask[2] ? optional(grad_bias) : std::nullopt);
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// ---- gradient -----------------------------------------------------------------------------
+
+template <bool kRelu>
+struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
+                        SymIntArrayRef dilation, SymInt groups) {
+    static const auto op = find_op<Conv2d>(kRelu ? "dlkernels::conv2d_relu" : "dlkernels::conv2d");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor y = op.call(input, weight, bias, stride, padding, dilation, groups);
+    ctx->save_for_backward({input, weight, bias.value_or(Tensor()), kRelu ? y : Tensor()});
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<Conv2dBackward>("dlkernels::conv2d_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &y = saved[3];
+    const auto stride = ctx->saved_data["stride"].toSymIntVector();
+    const auto padding = ctx->saved_data["padding"].toSymIntVector();
+    const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
+    const auto groups = ctx->saved_data["groups"].toSymInt();
+    if (at::GradMode::is_enabled()) {
+      auto out = differentiable_backward(
+          [&](const variable_list& in) {
+            const Tensor z = by_torch(in[0], in[1], in[2], stride, padding, dilation, groups);
+            return kRelu ? at::relu(z) : z;
+          },
+          {input, weight, bias}, grads[0]);
+      out.resize(7);
+      return out;
+    }
+    // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
+    const bool grad_bias = bias.defined() && ctx->needs_input_grad(2);
+    auto [gx, gw, gb] = op.call(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt,
+                                stride, padding, dilation, groups,
+                                {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
+    return {gx, gw, gb, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+template <bool kRelu>
+Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                       SymInt groups) {
+  if (!ours<kRelu>(input, weight, bias))
+    return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
+}
+
+const bool torch_paths = (register_torch_path("conv2d", conv2d_torch<false>),
+                          register_torch_path("conv2d_relu", conv2d_torch<true>), true);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("conv2d", conv2d_cpu<false>);
+  m.impl("conv2d_relu", conv2d_cpu<true>);
+  m.impl("conv2d_backward", conv2d_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
+  m.impl("conv2d", conv2d_meta<false>);
+  m.impl("conv2d_relu", conv2d_meta<true>);
+  m.impl("conv2d_backward", conv2d_backward_meta);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("conv2d", conv2d_autograd<false>);
+  m.impl("conv2d_relu", conv2d_autograd<true>);
+}
+
+}  // namespace dlkernels

@@ -91,7 +91,7 @@ using GemmTask = c10::function_ref<void(const cpu::GemmPart&, float* scratch)>;
 // little is packed twice. Under 2 MFLOP a fork costs more than it saves.
 inline void parallel_gemm(int64_t M, int64_t N, int64_t K, GemmTask task) {
   const cpu::Kernels& table = cpu::kernels();
-  const bool small = static_cast<double>(M) * N * K < 1e6;
+  const bool small = static_cast<double>(M) * std::max<int64_t>(N, 1) * K < 1e6;
   const int64_t threads = small || at::in_parallel_region() ? 1 : at::get_num_threads();
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t rows = ceil_div(M, table.gemm_tile_rows), cols = ceil_div(N, table.gemm_tile_cols);

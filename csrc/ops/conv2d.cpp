@@ -233,8 +233,8 @@ void parallel_gemms(int64_t count, int64_t M, int64_t N, int64_t K, CountedGemmT
       parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* s) { task(i, part, s); });
     return;
   }
-  const double work = static_cast<double>(M) * N * K;  // about 2 MFLOP are worth a fork
-  const auto grain = static_cast<int64_t>(std::max(1.0, 1e6 / std::max(1.0, work)));
+  const double work = static_cast<double>(M) * std::max<int64_t>(N, 1) * K;
+  const auto grain = static_cast<int64_t>(1 + 1e6 / (work + 1));  // as in parallel_gemm
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     float* const memory = scratch(cpu::kernels().gemm_scratch);
     for (int64_t i = begin; i < end; ++i) task(i, {0, M, 0, N}, memory);

@@ -103,6 +103,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
   Tensor y = linear_meta<kRelu>(input, weight, bias);
+  if (y.numel() == 0) return y;
   const Tensor x = as_matrix(input), b = bias ? bias->contiguous() : Tensor();
   const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
   const cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(),
@@ -122,6 +123,10 @@ Grads linear_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tenso
                           const optional<Tensor>& y, std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
+  if (weight.size(0) == 0) {  // no sum has a term
+    if (grad_x.defined()) grad_x.zero_();
+    return {grad_x, grad_weight, grad_bias};
+  }
   const Tensor x = as_matrix(input);
   // The mask y > 0 is read together with grad_y, so the two must lie alike.
   const Tensor yc = y ? y->contiguous() : Tensor();

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from common import report
 
 import dlkernels
+from timing import report
 
 PROVIDERS = {
     "torch": torch.optim.Adam,

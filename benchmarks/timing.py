@@ -1,4 +1,4 @@
-"""Timing, written once: forward and backward of one provider as a row of a pytest-benchmark group."""
+"""Timing, written once: what one provider takes is a row in the case's group of pytest-benchmark."""
 
 import torch
 
@@ -8,8 +8,8 @@ import dlkernels
 def forward_backward(benchmark, case, provider, f, inputs, flops=None):
     """Times f(*inputs) and the gradients of all inputs that require one.
 
-    Rows of one case form a group; `extra_info` says what they ran on, and GFLOP/s where the case has
-    a count of floating-point operations.
+    Rows of one case form a group; `extra_info` says what they ran on, and GFLOP/s where the number
+    of floating-point operations is given.
     """
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     y = f(*inputs)

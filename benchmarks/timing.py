@@ -1,4 +1,4 @@
-"""Timing, written once: what one provider takes is a row in the case's group of pytest-benchmark."""
+"""Timing, written once: one provider's time is a row in its case's group of pytest-benchmark."""
 
 import torch
 

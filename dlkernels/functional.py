@@ -28,12 +28,12 @@ def _ours(*tensors):
     for t in tensors:
         if type(t) not in _PLAIN:
             return False
-    return _state.enabled
+    return _state.enabled or _state.enabled_here()
 
 
 def _torch(op, f, *args, **kwargs):
     """PyTorch's own function, counted as such."""
-    if _state.enabled and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (_state.enabled or _state.enabled_here()):
         _C.torch_ran(op)
     return f(*args, **kwargs)
 

@@ -1,0 +1,219 @@
+"""Turn the modules of a model into those of :mod:`dlkernels.nn` and back, in place.
+
+Only ``module.__class__`` changes: Parameters, tied weights, optimizers, hooks and state_dict keys
+stay what they are.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from . import nn
+
+# Exact types: a subclass may compute anything.
+_OURS = {
+    torch.nn.Linear: nn.Linear,
+    torch.nn.ReLU: nn.ReLU,
+    torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.MaxPool2d: nn.MaxPool2d,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_WITH_RELU = {nn.Linear: nn.LinearReLU, nn.Conv2d: nn.Conv2dReLU}
+_WITHOUT_RELU = {fused: plain for plain, fused in _WITH_RELU.items()}
+_RELUS = (torch.nn.ReLU, nn.ReLU, nn.FusedReLU)
+
+
+class Changed(NamedTuple):
+    name: str  # as in model.named_modules(); "" is the model itself
+    before: str
+    after: str
+
+
+class Left(NamedTuple):
+    name: str
+    type: str
+    reason: str
+
+
+class Report:
+    """What convert() or revert() did: ``changed`` and ``left``; true where anything changed."""
+
+    def __init__(self, verb, changed, left):
+        self._verb, self.changed, self.left = verb, changed, left
+
+    def __len__(self):
+        return len(self.changed)
+
+    def __str__(self):
+        changed = [(c.name or "(model)", c.before, "-> " + c.after) for c in self.changed]
+        left = [(m.name or "(model)", m.type, m.reason) for m in self.left]
+        widths = [max((len(row[i]) for row in changed + left), default=0) for i in (0, 1)]
+        lines = [f"{self._verb} {len(changed)}, left {len(left)}"]
+        for title, rows in (("changed", changed), ("left", left)):
+            lines += [f"{title}:"] if rows else []
+            lines += [f"  {n:{widths[0]}}  {t:{widths[1]}}  {text}" for n, t, text in rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def convert(model, *, fuse=True):
+    """Makes the modules of `model` run on kernels of ours, in place.
+
+    ``Linear``, ``ReLU``, ``Conv2d``, ``MaxPool2d`` and ``CrossEntropyLoss`` of :mod:`torch.nn`
+    become those of :mod:`dlkernels.nn`, on any device and in any dtype (each call decides).
+    Subclasses, parametrized and pruned modules are left, and so is ``ReLU(inplace=True)``, which
+    already takes a single pass.
+
+    In an ``nn.Sequential``, a Linear or Conv2d and the ReLU after it become one pass: the first
+    applies the ReLU, and the second, a ``FusedReLU``, keeps its place. The values in between then
+    no longer exist. So two neighbours with a hook on either, or used in a second place, are not
+    fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after the ReLU, and
+    putting another module in the first one's place loses the ReLU, until convert or revert is
+    called on the whole model again. Where a model's own code takes out the values in between,
+    say ``fuse=False``.
+
+    Args:
+        model: any module; convert the whole model, because only there can it be seen that a
+            module is used twice. Converting again converts what was added.
+        fuse: whether to fuse; False also takes apart what was fused before.
+
+    Returns:
+        Report: ``changed`` (name, before, after) and ``left`` (name, type, reason); prints as a
+        table.
+
+    Raises:
+        TypeError: if `model` is no module.
+    """
+    _check("convert", model)
+    becomes, left = {}, {}
+    for m in model.modules():
+        if type(m) in _OURS:
+            reason = _why_left(m)
+            if reason:
+                left[m] = reason
+            else:
+                becomes[m] = _OURS[type(m)]
+        elif isinstance(m, tuple(_OURS)):
+            if not isinstance(m, (*_TORCHS, nn.FusedReLU)):
+                left[m] = "not exactly PyTorch's class: a subclass may compute something else"
+        elif not list(m.children()):
+            left[m] = "no kernel of ours for this class"
+
+    _plan_fusing(model, fuse, becomes, left)
+    return _apply("converted", model, becomes, left)
+
+
+def revert(model):
+    """Undoes :func:`convert`, in place: every module of ours becomes PyTorch's again.
+
+    Works on copies, on unpickled models and on parts. Modules of ours that were constructed as such
+    become PyTorch's too, but for ``LinearReLU`` and ``Conv2dReLU``, which PyTorch does not have.
+
+    Returns:
+        Report: ``changed`` (name, before, after) and ``left`` (name, type, reason) with the modules
+        of ours that stay.
+
+    Raises:
+        TypeError: if `model` is no module.
+    """
+    _check("revert", model)
+    becomes, left = {}, {}
+    for m in model.modules():
+        if type(m) in _TORCHS:
+            becomes[m] = _TORCHS[type(m)]
+        elif type(m) is nn.FusedReLU:
+            left[m] = "the module that applies it is not in this part: revert the nn.Sequential"
+        elif type(m) in _WITHOUT_RELU:
+            left[m] = "PyTorch has no such class, and no ReLU fused by convert() comes after it"
+        elif isinstance(m, (*_TORCHS, nn.FusedReLU)):
+            left[m] = "a subclass: only its author knows what it was"
+    for _, first, relu in _neighbours(model):
+        if type(relu) is nn.FusedReLU:
+            becomes[relu] = torch.nn.ReLU
+            left.pop(relu, None)
+            if type(first) in _WITHOUT_RELU:
+                becomes[first] = _TORCHS[_WITHOUT_RELU[type(first)]]
+                left.pop(first, None)
+    return _apply("reverted", model, becomes, left)
+
+
+def _check(function, model):
+    if not isinstance(model, torch.nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {got}")
+
+
+def _why_left(m):
+    """Why a module of an exact type of PyTorch's stays what it is, or None."""
+    if "forward" in m.__dict__:
+        return "its forward was replaced on the instance"
+    if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and "weight" not in m._parameters:
+        return "its weight is computed by a hook (pruned or normalised)"
+    if isinstance(m, torch.nn.ReLU) and m.inplace:
+        return "in place, PyTorch's own op already takes a single pass"
+    return None
+
+
+def _plan_fusing(model, fuse, becomes, left):
+    """Adds to `becomes` which neighbours are put together or taken apart."""
+    uses = Counter(id(child) for m in model.modules() for child in m._modules.values())
+    for sequential, first, relu in _neighbours(model):
+        if type(relu) not in _RELUS:
+            continue
+        together = (
+            fuse
+            and type(sequential) is torch.nn.Sequential
+            and "forward" not in {**sequential.__dict__, **relu.__dict__}
+            and uses[id(first)] == uses[id(relu)] == 1
+            and not _has_hooks(first)
+            and not _has_hooks(relu)
+        )
+        kind = becomes.get(first, type(first))
+        is_fused = kind in _WITHOUT_RELU and type(relu) is nn.FusedReLU
+        if is_fused and not together:
+            becomes[first], becomes[relu] = _WITHOUT_RELU[kind], _own_relu(relu)
+        elif kind in _WITH_RELU and together:
+            becomes[first], becomes[relu] = _WITH_RELU[kind], nn.FusedReLU
+            left.pop(relu, None)
+        elif type(relu) is nn.FusedReLU and not is_fused:  # the first one was replaced
+            becomes[relu] = _own_relu(relu)
+
+
+def _has_hooks(m):
+    return bool(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    )
+
+
+def _own_relu(fused):
+    """The class of a ReLU that is no longer fused."""
+    return torch.nn.ReLU if fused.inplace else nn.ReLU
+
+
+def _neighbours(model):
+    """(sequential, module, next module) for every two neighbours in every nn.Sequential."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.Sequential):
+            children = [child for child in m._modules.values() if child is not None]
+            for pair in zip(children, children[1:]):
+                yield m, *pair
+
+
+def _class_name(cls):
+    module = "torch.nn" if cls.__module__.startswith("torch.nn.modules.") else cls.__module__
+    return f"{module}.{cls.__qualname__}"
+
+
+def _apply(verb, model, becomes, left):
+    report = Report(verb, [], [])
+    for name, m in model.named_modules():
+        cls = becomes.get(m, type(m))
+        if cls is not type(m):
+            report.changed.append(Changed(name, _class_name(type(m)), _class_name(cls)))
+            m.__class__ = cls
+        elif m in left:
+            report.left.append(Left(name, _class_name(type(m)), left[m]))
+    return report

@@ -1,0 +1,89 @@
+"""The modules of :mod:`torch.nn` on our kernels: same constructors, state dicts and values.
+
+Each is a subclass of PyTorch's, and only its forward differs; :func:`dlkernels.convert` turns the
+modules of a model into these.
+"""
+
+import torch
+
+from . import functional
+
+__all__ = ["Conv2d", "Conv2dReLU", "CrossEntropyLoss", "Linear", "LinearReLU", "MaxPool2d", "ReLU"]
+
+
+class Linear(torch.nn.Linear):
+    __doc__ = torch.nn.Linear.__doc__
+
+    def forward(self, input):
+        return functional.linear(input, self.weight, self.bias)
+
+
+class LinearReLU(Linear):
+    """``relu(linear(x))`` in one pass. Constructed as :class:`torch.nn.Linear` is."""
+
+    def forward(self, input):
+        return functional.linear_relu(input, self.weight, self.bias)
+
+
+class ReLU(torch.nn.ReLU):
+    __doc__ = torch.nn.ReLU.__doc__
+
+    def forward(self, input):
+        return functional.relu(input, self.inplace)
+
+
+class Conv2d(torch.nn.Conv2d):
+    __doc__ = torch.nn.Conv2d.__doc__
+
+    _conv2d = staticmethod(functional.conv2d)
+
+    def _conv_forward(self, input, weight, bias):  # torch.nn.Conv2d.forward calls it
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(
+                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
+            )
+            padding = 0
+        return self._conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Conv2dReLU(Conv2d):
+    """``relu(conv2d(x))`` in one pass. Constructed as :class:`torch.nn.Conv2d` is."""
+
+    _conv2d = staticmethod(functional.conv2d_relu)
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    __doc__ = torch.nn.MaxPool2d.__doc__
+
+    def forward(self, input):
+        return functional.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    __doc__ = torch.nn.CrossEntropyLoss.__doc__
+
+    def forward(self, input, target):
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class FusedReLU(torch.nn.ReLU):
+    """Keeps the place of a ReLU that the module before it applies; made by convert() alone."""
+
+    def forward(self, input):
+        return input

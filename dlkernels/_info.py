@@ -32,7 +32,7 @@ def _warnings():
     except metadata.PackageNotFoundError:  # built in place
         return
     if installed != _build.VERSION:
-        yield f"the kernels were built as {_build.VERSION}, and {installed} is installed: build anew"
+        yield f"built as {_build.VERSION}, and {installed} is installed: build again"
 
 
 def info():

@@ -5,6 +5,7 @@ stay what they are.
 """
 
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,7 @@ def _neighbours(model):
     for m in model.modules():
         if isinstance(m, torch.nn.Sequential):
             children = [child for child in m._modules.values() if child is not None]
-            for pair in zip(children, children[1:]):
+            for pair in pairwise(children):
                 yield m, *pair
 
 

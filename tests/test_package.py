@@ -1,0 +1,350 @@
+"""The package: import, switches, counters, info, and what the compiled files look like."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dlkernels
+from common import calls
+from dlkernels import _C, _build
+from dlkernels import functional as ours
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(dlkernels.__file__).parent
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs a program in a process of its own, from an empty folder, with the same dlkernels."""
+
+    def run(*args, code=0, path=PACKAGE.parent, **env):
+        args = args if len(args) > 1 else ("-c", *args)
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env=os.environ | dict(env, PYTHONPATH=str(path)),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def last_line(done):
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the installed package whose files a test may change."""
+    return Path(shutil.copytree(PACKAGE, tmp_path / "copy" / "dlkernels"))
+
+
+# ---- import ---------------------------------------------------------------------------------
+
+
+def test_public_names():
+    assert set(dlkernels.__all__) <= set(dir(dlkernels))
+    assert dlkernels.__version__ == _build.VERSION
+    assert not [name for name in dlkernels.__all__ if getattr(dlkernels, name) is None]
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["dlkernels", "torch", "numpy", "sklearn.linear_model", "dlkernels, sklearn.linear_model"],
+)
+def test_import_in_any_order(python, first):
+    program = f"""
+try:
+    import {first}
+except ModuleNotFoundError as error:  # scikit-learn is there only with the examples
+    assert error.name == "sklearn", error
+import numpy, dlkernels, torch
+x = torch.randn(300, 300)
+y = dlkernels.functional.linear(x, x)
+assert torch.allclose(y, torch.from_numpy(x.numpy() @ x.numpy().T), atol=1e-3)
+assert dlkernels.stats()["linear"] == {{"kernel": 1, "torch": 0}}
+"""
+    python(program)
+
+
+def test_import_changes_nothing_global(python):
+    program = """
+import os, random, signal, sys, threading, warnings
+import torch
+def state():
+    tiny = torch.full((64,), 1e-40)
+    return {
+        "denormals": bool((tiny * 0.5 > 0).all()) and sys.float_info.min / 4 > 0,
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "seed": (torch.initial_seed(), torch.get_rng_state().tolist(), random.getstate()),
+        "environment": dict(os.environ),
+        "path": list(sys.path),
+        "filters": list(warnings.filters),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGSEGV)],
+        "python threads": threading.active_count(),
+        "modules": (torch.nn.Linear.forward, torch.nn.functional.linear, torch.optim.Adam.step),
+    }
+before = state()
+assert before["denormals"]
+import dlkernels
+after = state()
+assert before == after, [key for key in before if before[key] != after[key]]
+x = torch.full((1000,), 1e-40)
+assert (dlkernels.functional.relu(x) == x).all() and (x != 0).all()
+"""
+    python(program)
+
+
+def test_built_for_another_torch(python, copied):
+    build = copied / "_build.py"
+    text = build.read_text()
+    build.write_text(text.replace(repr(_build.TORCH_VERSION), "'2.11.0+other'"))
+    message = last_line(python("import dlkernels", code=1, path=copied.parent))
+    assert message.startswith("ImportError: dlkernels was built for torch 2.11.0+other and torch ")
+    assert torch.__version__ in message and "pip install" in message
+
+
+def test_source_tree_in_place_of_the_package(python, copied):
+    for name in ("_build.py", next(copied.glob("_C.*.so")).name):
+        (copied / name).rename(copied / f"{name}.away")
+        message = last_line(python("import dlkernels", code=1, path=copied.parent))
+        assert message.startswith("ImportError: dlkernels: ") and "source tree" in message
+        (copied / f"{name}.away").rename(copied / name)
+
+
+def test_isa_is_chosen_by_the_environment(python):
+    order = ["baseline", "avx2", "avx512"]
+    best = order.index(json.loads(python("-m", "dlkernels", "info", "--json").stdout)["isa"])
+    wishes = [("default", 0), ("baseline", 0), ("avx2", 1), ("avx512", 2)]
+    ask = "import dlkernels; print(dlkernels.info()['isa'])"
+    for wish, level in wishes:
+        assert python(ask, DLKERNELS_ISA=wish).stdout.strip() == order[min(level, best)]
+    for wish, level in (("default", 0), ("avx2", 1)):
+        assert python(ask, ATEN_CPU_CAPABILITY=wish).stdout.strip() == order[min(level, best)]
+    for wish in ("avx1024", "AVX2", " avx2"):
+        message = last_line(python(ask, code=1, DLKERNELS_ISA=wish))
+        assert message.startswith("ValueError: DLKERNELS_ISA must be one of") and wish in message
+    assert python(ask, DLKERNELS_ISA="").stdout.strip() == order[best]
+
+
+# ---- info -----------------------------------------------------------------------------------
+
+
+def test_info():
+    info = dlkernels.info()
+    assert info["torch_running"] == info["torch_built_for"] == torch.__version__
+    assert info["isa"] == _C.isa() and info["threads"] == torch.get_num_threads()
+    assert "-std=c++20" in info["build_flags"] and "-march" not in info["build_flags"]
+    assert info["cuda"] or info["cuda_reason"]
+    assert json.loads(json.dumps(info)) == info
+    lines = str(info).splitlines()
+    assert len(lines) == len(info) and all(key in line for key, line in zip(info, lines))
+
+
+def test_command_line(python):
+    assert re.search(r"^isa +\w+$", python("-m", "dlkernels", "info").stdout, re.M)
+    assert json.loads(python("-m", "dlkernels", "info", "--json").stdout)["python"]
+    assert "usage: dlkernels" in python("-m", "dlkernels", code=2).stderr
+    assert "invalid choice" in python("-m", "dlkernels", "other", code=2).stderr
+    program = "import sys; from dlkernels.__main__ import main; sys.exit(main(['info']))"
+    assert "torch_running" in python(program).stdout
+
+
+def test_info_warns_where_the_wish_is_not_met(python):
+    program = "import dlkernels; print(dlkernels.info()['warnings'])"
+    stdout = python(program, DLKERNELS_ISA="avx512", ATEN_CPU_CAPABILITY="default").stdout
+    assert "asks for avx512, and baseline is used" in stdout
+    assert "DLKERNELS_ISA" not in python(program, DLKERNELS_ISA="default").stdout
+
+
+# ---- switches and counters ------------------------------------------------------------------
+
+
+def test_stats():
+    dlkernels.reset_stats()
+    assert all(n == {"kernel": 0, "torch": 0} for n in dlkernels.stats().values())
+    x = torch.randn(3, 4, requires_grad=True)
+    ours.relu(x).sum().backward()
+    ours.relu(x.double())
+    assert dlkernels.stats()["relu"] == {"kernel": 1, "torch": 1}
+    assert dlkernels.stats()["relu_backward"] == {"kernel": 1, "torch": 0}
+
+
+def test_disabled():
+    x = torch.randn(3, 4)
+
+    @dlkernels.disabled()
+    def off(x):
+        """Its text."""
+        return ours.relu(x)
+
+    with calls():
+        with dlkernels.disabled():
+            ours.linear(x, x)
+            with dlkernels.disabled():
+                ours.linear_relu(x, x)
+            ours.relu(x)
+        off(x)
+        assert off.__name__ == "off" and off.__doc__ == "Its text."
+        with dlkernels.disabled(), dlkernels.set_fallback("error"):
+            ours.relu(x.double())
+    with pytest.raises(ZeroDivisionError), dlkernels.disabled():
+        raise ZeroDivisionError
+    with calls(kernels=["relu"]):
+        ours.relu(x)
+
+
+def test_disabled_is_the_threads_own():
+    x = torch.randn(3, 4)
+    inside, checked = threading.Event(), threading.Event()
+
+    def other():
+        with dlkernels.disabled():
+            inside.set()
+            assert checked.wait(60)
+            ours.linear(x, x)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(60)
+    with calls(kernels=["relu"]):
+        ours.relu(x)
+        with dlkernels.disabled():
+            ours.relu(x.double())
+    with calls():
+        checked.set()
+        thread.join()
+    with calls(kernels=["relu"]):
+        ours.relu(x)
+
+
+def test_disabled_in_many_threads():
+    x, wrong = torch.randn(3, 4), []
+
+    def work():
+        for _ in range(300):
+            with dlkernels.disabled():
+                if type(ours.relu(x.double())) is not torch.Tensor:
+                    wrong.append(x)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    with calls():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    with calls(kernels=["relu"]):
+        ours.relu(x)
+
+
+def test_disabled_and_compile():
+    x = torch.randn(3, 4)
+
+    def both(x):
+        with dlkernels.disabled():
+            y = ours.linear(x, x)
+        return ours.relu(y)
+
+    compiled, split = (torch.compile(f, fullgraph=True) for f in (ours.relu, both))
+    off = torch.compile(dlkernels.disabled()(ours.relu), fullgraph=True)
+    for _ in range(2):
+        with calls(kernels=["relu"]):
+            assert torch.equal(compiled(x), x.relu())
+        with calls(), dlkernels.disabled():
+            assert torch.equal(compiled(x), x.relu())
+    with calls(kernels=["relu"]):
+        split(x)
+    with calls():
+        off(x)
+    with calls(kernels=["relu"]):
+        ours.relu(x)
+
+
+def test_set_fallback():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with calls(torchs=["relu"]):
+        with dlkernels.set_fallback("error"):
+            with pytest.raises(NotImplementedError, match="relu: these arguments have no kernel"):
+                ours.relu(x)
+            with dlkernels.set_fallback("torch"):
+                ours.relu(x)
+            with pytest.raises(NotImplementedError):
+                ours.relu(x)
+        ours.relu(x)
+    dlkernels.set_fallback("error")
+    try:
+        with pytest.raises(NotImplementedError):
+            ours.relu(x)
+    finally:
+        dlkernels.set_fallback("torch")
+    ours.relu(x)
+
+
+@pytest.mark.parametrize("bad", ["Error", "", None, True, ["error"], torch.zeros(2)])
+def test_set_fallback_to_something_else(bad):
+    with pytest.raises(ValueError, match='set_fallback: to must be "torch" or "error", got'):
+        dlkernels.set_fallback(bad)
+
+
+# ---- what was compiled ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_isa_files_define_their_table_alone(isa, tmp_path):
+    # A weak symbol is one that the linker may keep for every machine: SIGILL on the older ones.
+    compiler = os.environ.get("CXX", "g++")
+    source, built = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", tmp_path / "isa.o"
+    subprocess.run(
+        [compiler, "-std=c++20", "-O3", "-fPIC", "-c", str(source), "-o", str(built)], check=True
+    )
+    listed = subprocess.run(["nm", "-C", str(built)], check=True, capture_output=True, text=True)
+    symbols = [line[17:].split(" ", 1) for line in listed.stdout.splitlines()]
+    shared = [(kind, name) for kind, name in symbols if kind.isupper() or kind in "uvw"]
+    defined = [(kind, name) for kind, name in shared if kind != "U"]
+    local = {kind for kind, _ in symbols} - {kind for kind, _ in shared}
+    assert [name for _, name in defined] == [f"dlkernels::cpu::{isa}"], defined
+    assert defined[0][0] in "DR" and "t" in local
+
+
+def test_parallel_for_is_compiled_with_openmp():
+    # Without -fopenmp at::parallel_for is a plain loop, and nothing but the speed tells.
+    library = next(PACKAGE.glob("_C.*.so"))
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True
+    )
+    assert re.search(r"\b(GOMP_parallel|__kmpc_fork_call)\b", listed.stdout)
+
+
+def test_ops_run_on_as_many_threads_as_torch_has(python):
+    # Threads are counted and not timed: the pool is made by the first region that forks.
+    program = """
+import os, sys
+import torch, dlkernels
+threads = int(sys.argv[1])
+torch.set_num_threads(threads)
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+x = torch.empty(600, 600)
+dlkernels.functional.linear(x, x)
+assert dlkernels.stats()["linear"]["kernel"] == 1
+assert count() - before == threads - 1, (before, count())
+"""
+    for threads in ("1", "2", "3"):
+        python("-c", program, threads)

@@ -68,6 +68,7 @@ class disabled:
             enabled = _inside == 0
         _thread.inside += by
 
+
 def stats():
     """How often each op ran: ``{op: {"kernel": calls of our kernel, "torch": left to PyTorch}}``.
 

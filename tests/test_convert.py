@@ -11,74 +11,11 @@ from torch.nn.utils import prune
 import dlkernels
 from common import calls
 from dlkernels import nn as ours
-
-
-def mlp():
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(36, 17), nn.ReLU(), nn.Linear(17, 9), nn.ReLU(True), nn.Linear(9, 5)
-    )
-
-
-def cnn():
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(inplace=True)),
-        nn.Flatten(),
-        nn.Dropout(0.0),
-        nn.Linear(8, 5),
-    )
-
-
-class Block(nn.Module):
-    """As in a ResNet: one ReLU module in two places, and a forward of its own."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        return self.relu(x + self.conv2(self.relu(self.bn(self.conv1(x)))))
-
-
-class ResNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
-        self.blocks = nn.Sequential(Block(4), Block(4))
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet": ResNet}
-models = pytest.mark.parametrize("model", [f() for f in MODELS.values()], ids=MODELS)
-
-
-def images():
-    return torch.randn(3, 1, 6, 6)
+from models import assert_same, cnn, images, mlp, models, results
 
 
 def classes(model):
     return {name: type(m) for name, m in model.named_modules()}
-
-
-def results(model, x):
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    y.square().sum().backward()
-    return [y, x.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-def assert_same(got, expected):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @models
@@ -233,46 +170,6 @@ def test_other_dtypes_are_converted_and_decide_when_called():
     assert meta(images().to("meta")).shape == (3, 5)
 
 
-def hook_places():
-    return [
-        (index, register)
-        for index in (0, 1)
-        for register in (
-            "register_forward_hook",
-            "register_forward_pre_hook",
-            "register_full_backward_hook",
-            "register_full_backward_pre_hook",
-        )
-    ]
-
-
-@pytest.mark.parametrize(("index", "register"), hook_places())
-def test_hooks_see_the_values_in_between(index, register):
-    torch.manual_seed(2)
-    seen = []
-
-    def values(*args):
-        flat = [t for a in args[1:] for t in (a if isinstance(a, tuple) else (a,))]
-        seen.extend(t.detach().clone() for t in flat)
-
-    x = torch.randn(3, 4, requires_grad=True)
-    for when in ("never", "hook first", "convert first"):
-        torch.manual_seed(2)
-        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-        seen.clear()
-        if when == "convert first":
-            dlkernels.convert(model)
-            assert type(model[1]) is ours.FusedReLU
-        getattr(model[index], register)(values)
-        if when != "never":
-            dlkernels.convert(model)  # takes apart what a hook was added to
-            assert [type(m) for m in model] == [ours.Linear, ours.ReLU]
-        model(x).square().sum().backward()
-        if when == "never":
-            expected = list(seen)
-        assert_same(seen, expected)
-
-
 def test_hooks_survive():
     model, seen = mlp(), []
     model[5].register_forward_hook(lambda m, args, y: seen.append(y.shape))
@@ -283,98 +180,11 @@ def test_hooks_survive():
     assert seen == [(3, 5), (3, 5)]
 
 
-def test_shared_modules_are_not_fused():
-    relu, linear = nn.ReLU(), nn.Linear(4, 4)
-    shared_relu = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
-    shared_linear = nn.Sequential(linear, nn.ReLU(), linear)
-    elsewhere = nn.Module()
-    elsewhere.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    elsewhere.first = elsewhere.net[0]
-    x = torch.randn(3, 4)
-    for model in (shared_relu, shared_linear):
-        expected = model(x)
-        dlkernels.convert(model)
-        assert {type(m) for m in model} == {ours.Linear, ours.ReLU}
-        torch.testing.assert_close(model(x), expected)
-    dlkernels.convert(elsewhere)
-    assert type(elsewhere.first) is ours.Linear
-
-    twice = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU())] * 2)  # a pair, used twice
-    expected = twice(x)
-    dlkernels.convert(twice)
-    assert type(twice[0][1]) is ours.FusedReLU
-    torch.testing.assert_close(twice(x), expected)
-
-
 def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     dlkernels.convert(model)
     assert model[2].weight is model[0].weight and len(list(model.parameters())) == 3
-
-
-def test_only_a_plain_sequential_fuses():
-    class Reversed(nn.Sequential):
-        def forward(self, x):
-            for m in reversed(self):
-                x = m(x)
-            return x
-
-    for model in (
-        Reversed(nn.Linear(4, 4), nn.ReLU()),
-        nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
-        nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
-        nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.ReLU()),
-    ):
-        dlkernels.convert(model)
-        assert not any(isinstance(m, ours.LinearReLU | ours.FusedReLU) for m in model.modules())
-
-
-def test_fuse_false_takes_apart():
-    model, x = mlp(), images()
-    expected = model(x)
-    dlkernels.convert(model)
-    assert [c.name for c in dlkernels.convert(model, fuse=False).changed] == ["1", "2", "3", "4"]
-    assert [type(m) for m in model][1:5] == [ours.Linear, ours.ReLU, ours.Linear, nn.ReLU]
-    torch.testing.assert_close(model(x), expected)
-    assert not dlkernels.convert(model, fuse=False)
-
-
-def test_values_after_the_relu_in_a_slice():
-    model = mlp()
-    x = images()
-    first = nn.functional.relu(model[1](model[0](x)))
-    dlkernels.convert(model)
-    torch.testing.assert_close(model[:2](x), first)
-    torch.testing.assert_close(model[1](model[0](x)), first)
-
-
-def test_a_first_module_that_was_replaced():
-    for again in (dlkernels.convert, dlkernels.revert):
-        model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
-        dlkernels.convert(model)
-        model[0] = nn.Linear(4, 4)
-        assert again(model)
-        torch.testing.assert_close(model(x), nn.functional.relu(model[0](x)))
-        assert (model(x) >= 0).all()
-    model[0], model[1] = nn.Tanh(), ours.FusedReLU()
-    dlkernels.convert(model)
-    assert type(model[1]) is ours.ReLU
-
-
-def test_revert_of_a_part():
-    model, x = nn.Sequential(mlp(), nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), images()
-    expected = model(x)
-    dlkernels.convert(model)
-    assert dlkernels.revert(model[0])
-    assert type(model[0][1]) is nn.Linear and type(model[2]) is ours.LinearReLU
-    for half in (model[2], model[3], model[3:]):  # half a pair stays, so the model stays right
-        report = dlkernels.revert(half)
-        assert not report and len(report.left) == 1
-        torch.testing.assert_close(model(x), expected)
-    assert len(dlkernels.revert(model[2:])) == 2 and len(dlkernels.revert(model)) == 1
-    assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
-    assert torch.equal(model(x), expected)
 
 
 def test_revert_of_modules_made_by_hand():

@@ -77,3 +77,49 @@ def relu(input, inplace=False):
     if not inplace and _ours(input):
         return _ops.relu.default(input)
     return _torch("relu", F.relu, input, inplace)
+
+
+def max_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
+):
+    """The maximum of every window: :func:`torch.nn.functional.max_pool2d`.
+
+    Padding counts as ``-inf``, NaN as the greatest of all. A window without any element, which
+    dilation makes possible, gives ``-inf``, index -1 and no gradient (PyTorch writes outside of its
+    tensors there). Windows of more than 255 elements are left to PyTorch.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), contiguous or channels_last; so is the result
+        kernel_size, stride, padding, dilation: an int, or one for H and one for W
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW); with ``return_indices`` also ``h * W + w`` of every maximum
+
+    Raises:
+        RuntimeError: for sizes and values that do not go together.
+        TypeError: where an argument is of another type.
+    """
+    window = kernel_size, () if stride is None else stride, padding, dilation
+    if (
+        input is not None
+        and _ours(input)
+        and type(ceil_mode) is bool
+        and all(map(_is_int_pair, window))
+    ):
+        op = _ops.max_pool2d_with_indices if return_indices else _ops.max_pool2d
+        return op.default(input, *window, ceil_mode)
+    args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    return _torch("max_pool2d", F.max_pool2d, *args)
+
+
+def _is_int_pair(v):
+    """Whether v is an int or ints that the schema's ``int[2]`` can hold, spelled the usual way."""
+    if type(v) is int:
+        return -(2**63) <= v < 2**63
+    return type(v) in (tuple, list) and all(type(i) is int and _is_int_pair(i) for i in v)

@@ -113,6 +113,8 @@ def max_pool2d(
         and all(map(_is_int_pair, window))
     ):
         op = _ops.max_pool2d_with_indices if return_indices else _ops.max_pool2d
+        # Lists, because torch.compile's symbolic ints are not widened to them.
+        window = ([v] if type(v) is int else v for v in window)
         return op.default(input, *window, ceil_mode)
     args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     return _torch("max_pool2d", F.max_pool2d, *args)

@@ -134,8 +134,9 @@ static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad
   const int64_t W = p.w.in, C = p.C, span = (p.h.kernel - 1) * p.h.dilation;
   const Inside whole = whole_windows(p.w);
   int64_t offset[kNoElement + 1];  // of an element, where the whole window is inside
-  for (int64_t k = 0; k < places.count; ++k)
-    offset[k] = span < h1 - h0 && whole.begin < whole.end ? places.h[k] * W + places.w[k] : 0;
+  const int64_t count = places.count;
+  for (int64_t k = 0; k < count; ++k)
+    offset[k] = span < h1 - h0 && whole.begin < whole.end ? (places.h[k] * W + places.w[k]) * C : 0;
   store_zeros(grad_x + h0 * W * C, (h1 - h0) * W * C);
   const int64_t first = h0 + p.h.pad - span;  // a window that starts before ends before h0
   int64_t oh = first <= 0 ? 0 : (first + p.h.stride - 1) / p.h.stride;
@@ -151,8 +152,8 @@ static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad
         if (C == 1) windows = whole.end - ow;
         const int64_t step = C == 1 ? p.w.stride : 1;
         float* const to = grad_x + (h_start * W + w_start) * C;
-        for (int64_t i = 0; i < windows * C; ++i)
-          if (arg[i] < places.count) to[offset[arg[i]] * C + i * step] += grad[i];
+        for (int64_t i = 0, n = windows * C; i < n; ++i)
+          if (const uint8_t k = arg[i]; k < count) to[offset[k] + i * step] += grad[i];
         continue;
       }
       for (int64_t c = 0; c < C; ++c) {

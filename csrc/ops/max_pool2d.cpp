@@ -5,16 +5,18 @@
 #include <ATen/ops/zeros.h>
 
 #include "common.h"
+#include "max_pool2d.h"
 
 namespace dlkernels {
 
 TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  // SymInt, so that torch.compile can hand over a size it holds for dynamic; it becomes constant.
   m.def(
-      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, "
-      "int[2] dilation=1, bool ceil_mode=False) -> Tensor");
+      "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride=[], SymInt[2] padding=0, "
+      "SymInt[2] dilation=1, bool ceil_mode=False) -> Tensor");
   m.def(
-      "max_pool2d_with_indices(Tensor input, int[2] kernel_size, int[2] stride=[], "
-      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) -> (Tensor, Tensor)");
+      "max_pool2d_with_indices(Tensor input, SymInt[2] kernel_size, SymInt[2] stride=[], "
+      "SymInt[2] padding=0, SymInt[2] dilation=1, bool ceil_mode=False) -> (Tensor, Tensor)");
   // argmax is what the gradient needs: a byte, the position kh * KW + kw of a maximum in its
   // window, or 255. `window` is kernel_size, stride, padding and dilation, two numbers each.
   m.def(
@@ -31,101 +33,39 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
 
 namespace {
 
+using namespace pool;
+
 OpStats max_pool2d_stats("max_pool2d"), max_pool2d_backward_stats("max_pool2d_backward");
 
-using at::IntArrayRef;
-using c10::SymInt;
-using c10::SymIntArrayRef;
 using Two = std::tuple<Tensor, Tensor>;
 // Of the public ops: y, or y and indices.
 template <bool kIndices>
 using Result = std::conditional_t<kIndices, Two, Tensor>;
 template <bool kIndices>
-using MaxPool2d = Result<kIndices>(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
-                                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode);
+using MaxPool2d = Result<kIndices>(const Tensor& input, SymIntArrayRef kernel_size,
+                                   SymIntArrayRef stride, SymIntArrayRef padding,
+                                   SymIntArrayRef dilation, bool ceil_mode);
 using MaxPool2dForward = Two(const Tensor& input, IntArrayRef window, bool ceil_mode);
 using MaxPool2dIndices = Tensor(const Tensor& argmax, SymIntArrayRef input_size, IntArrayRef window,
                                 bool ceil_mode);
 using MaxPool2dBackward = Tensor(const Tensor& grad_y, const Tensor& argmax,
                                  SymIntArrayRef input_size, IntArrayRef window, bool ceil_mode);
 
-// The arguments but for input: checked, and all below 2^31, so that no product of two overflows.
-struct Args {
-  const char* op;
-  std::array<int64_t, 8> window;  // kernel_size, stride, padding, dilation
-  bool ceil_mode;
-
-  Args(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-       IntArrayRef dilation, bool ceil_mode)
-      : op(op), ceil_mode(ceil_mode) {
-    set(0, "kernel_size", kernel_size, 1);
-    set(2, "stride", stride.empty() ? kernel_size : stride, 1);
-    set(4, "padding", padding, 0);
-    set(6, "dilation", dilation, 1);
-    for (const int i : {0, 1})
-      TORCH_CHECK(window[4 + i] <= window[i] / 2, op, ": padding must be at most half of ",
-                  "kernel_size ", kernel_size, ", got ", padding);
-  }
-  Args(const char* op, IntArrayRef window, bool ceil_mode)
-      : Args(op, part(window, 0), part(window, 2), part(window, 4), part(window, 6), ceil_mode) {}
-
-  static IntArrayRef part(IntArrayRef window, size_t at) {
-    TORCH_CHECK(window.size() == 8,
-                "max_pool2d: window must be kernel_size, stride, padding and "
-                "dilation, got ",
-                window);
-    return window.slice(at, 2);
-  }
-  void set(int at, const char* name, IntArrayRef values, int64_t least) {
-    TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", name,
-                " must be one or two ints, got ", values);
-    for (const int64_t v : values)
-      TORCH_CHECK(v >= least && v <= INT32_MAX, op, ": ", name, " must be at least ", least,
-                  " and below 2^31, got ", values);
-    window[at] = values.front(), window[at + 1] = values.back();
-  }
-
-  cpu::PoolAxis axis(int i, int64_t in, int64_t out) const {
-    return {in, out, window[i], window[2 + i], window[4 + i], window[6 + i]};
-  }
-  IntArrayRef pair(size_t at) const { return part(window, at); }
-  // A position in a window must fit a byte, and leave 255 for none.
-  bool fit_argmax() const { return window[0] * window[1] <= cpu::kNoElement; }
-};
-
 // f as the public ops are called.
 template <bool kIndices, Result<kIndices> (*f)(const Args&, const Tensor&)>
-Result<kIndices> called(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
-                        IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  return f({"max_pool2d", kernel_size, stride, padding, dilation, ceil_mode}, input);
+Result<kIndices> called(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
+                        SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode) {
+  const auto ints = [](SymIntArrayRef values) {
+    at::DimVector constants;
+    for (const SymInt& v : values) constants.push_back(v.guard_int(__FILE__, __LINE__));
+    return constants;
+  };
+  return f(
+      {"max_pool2d", ints(kernel_size), ints(stride), ints(padding), ints(dilation), ceil_mode},
+      input);
 }
-
-bool ours(const Args& args, const Tensor& input) { return is_ours(input) && args.fit_argmax(); }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
-
-SymInt output_size(const Args& args, int i, const SymInt& in) {
-  const cpu::PoolAxis a = args.axis(i, 0, 0);
-  const int64_t span = (a.kernel - 1) * a.dilation + 1, up = args.ceil_mode ? a.stride - 1 : 0;
-  TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, args.op,
-              ": input must be smaller, got a side of ", in);
-  TORCH_CHECK(in >= 1 && in + (2 * a.pad + up) >= span, args.op,
-              ": input and padding must hold a window, of ", span, ", got ", in, " and padding ",
-              a.pad);
-  const SymInt out = (in + (2 * a.pad - span + up)) / a.stride + 1;
-  // With ceil_mode the last window still starts inside the input or the padding before it.
-  return args.ceil_mode && (out - 1) * a.stride >= in + a.pad ? out - 1 : out;
-}
-
-// input ([N,] C, H, W) -> ([N,] C, OH, OW), laid out like input
-Tensor new_output(const Args& args, const Tensor& input, at::ScalarType dtype) {
-  const int64_t dim = input.dim();
-  TORCH_CHECK((dim == 3 || dim == 4) && input.sym_size(-3) != 0, args.op,
-              ": input must be ([N,] C, H, W) with C, H and W above 0, got ", input.sym_sizes());
-  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
-  for (const int i : {0, 1}) sizes[dim - 2 + i] = output_size(args, i, sizes[dim - 2 + i]);
-  return at::empty_symint(sizes, input.options().dtype(dtype), input.suggest_memory_format());
-}
 
 template <bool kIndices>
 Result<kIndices> max_pool2d_meta(const Args& args, const Tensor& input) {
@@ -143,25 +83,6 @@ Two max_pool2d_forward_meta(const Tensor& input, IntArrayRef window, bool ceil_m
       ": input must be dense float32 and windows of at most 255 elements, got ",
       input.scalar_type(), " and windows of ", window.slice(0, 2));
   return {new_output(args, input, at::kFloat), new_output(args, input, at::kByte)};
-}
-
-// (H, W)
-SymIntArrayRef plane(const Tensor& input) { return input.sym_sizes().slice(input.dim() - 2); }
-
-// argmax must be what an input of input_size gives.
-void check_argmax(const Args& args, const Tensor& argmax, SymIntArrayRef input_size) {
-  const int64_t dim = argmax.dim();
-  TORCH_CHECK(argmax.scalar_type() == at::kByte && argmax.layout() == at::kStrided &&
-                  (dim == 3 || dim == 4) && input_size.size() == 2 && args.fit_argmax(),
-              args.op, ": argmax must be uint8 of ([N,] C, OH, OW), input_size (H, W) and windows ",
-              "of at most 255 elements, got argmax ", argmax.scalar_type(), " of ",
-              argmax.sym_sizes(), ", input_size ", input_size, " and windows of ",
-              IntArrayRef(args.window).slice(0, 2));
-  for (const int i : {0, 1}) {
-    const SymInt expected = output_size(args, i, input_size[i]);
-    TORCH_CHECK(argmax.sym_size(i - 2) == expected, args.op, ": argmax must have dimension ", i - 2,
-                " of ", expected, " for input_size ", input_size, ", got ", argmax.sym_sizes());
-  }
 }
 
 Tensor max_pool2d_indices_meta(const Tensor& argmax, SymIntArrayRef input_size, IntArrayRef window,
@@ -187,25 +108,6 @@ Tensor max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& argmax,
 
 // ---- PyTorch's own, for what is not ours ---------------------------------------------------
 
-// A window may lie all in the padding and in the holes of its dilation: PyTorch's kernels then
-// write outside of their tensors. Ours give -inf.
-void check_no_empty_window(const Args& args, const Tensor& input) {
-  if (input.dim() < 2) return;
-  for (const int i : {0, 1}) {
-    const cpu::PoolAxis a = args.axis(i, 0, 0);
-    const SymInt in = input.sym_size(i - 2);
-    if (a.pad == 0 || a.dilation == 1 || in >= a.dilation) continue;
-    const SymInt out = output_size(args, i, in);
-    for (int64_t o = 0; o * a.stride < a.pad && out > o; ++o) {
-      const int64_t first = a.dilation - 1 - (a.pad - o * a.stride - 1) % a.dilation;  // from 0 on
-      TORCH_CHECK(in > first, args.op,
-                  ": every window must hold an element of the input, got one of padding only: "
-                  "input ",
-                  input.sym_sizes(), ", window ", IntArrayRef(args.window));
-    }
-  }
-}
-
 template <bool kIndices>
 Result<kIndices> max_pool2d_torch(const Args& args, const Tensor& input) {
   max_pool2d_stats.torch_ran();
@@ -224,7 +126,7 @@ Result<kIndices> max_pool2d_torch(const Args& args, const Tensor& input) {
 constexpr int64_t kGrain = 65536;  // elements looked at; less than that is not worth a fork
 
 // The kernel's view of it: channels_last as it lies, otherwise every plane an image.
-cpu::Pool pool(const Args& args, SymIntArrayRef input_size, const Tensor& y) {
+cpu::Pool view(const Args& args, SymIntArrayRef input_size, const Tensor& y) {
   const bool channels_last = y.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   return {channels_last ? y.size(1) : 1, args.axis(0, input_size[0].expect_int(), y.size(-2)),
           args.axis(1, input_size[1].expect_int(), y.size(-1))};
@@ -242,7 +144,7 @@ void parallel_rows(const cpu::Pool& p, const Tensor& x, const F& f) {
 void max_pool2d_out(const Args& args, const Tensor& input, Tensor& y, Tensor& argmax) {
   max_pool2d_stats.kernel_ran();
   const Tensor xc = input.contiguous(y.suggest_memory_format());
-  const cpu::Pool p = pool(args, plane(xc), y);
+  const cpu::Pool p = view(args, plane(xc), y);
   const float* x = xc.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   uint8_t* arg = argmax.defined() ? argmax.mutable_data_ptr<uint8_t>() : nullptr;
@@ -261,7 +163,7 @@ Tensor max_pool2d_indices_cpu(const Tensor& argmax, SymIntArrayRef input_size, I
                               bool ceil_mode) {
   Tensor indices = max_pool2d_indices_meta(argmax, input_size, window, ceil_mode);
   const Tensor a = argmax.contiguous(indices.suggest_memory_format());
-  const cpu::Pool p = pool({"max_pool2d_indices", window, ceil_mode}, input_size, indices);
+  const cpu::Pool p = view({"max_pool2d_indices", window, ceil_mode}, input_size, indices);
   const uint8_t* from = a.const_data_ptr<uint8_t>();
   int64_t* to = indices.mutable_data_ptr<int64_t>();
   parallel_rows(p, indices, [&](int64_t begin, int64_t end) {
@@ -288,7 +190,7 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
   max_pool2d_backward_stats.kernel_ran();
   const auto layout = argmax.suggest_memory_format();
   const Tensor g = grad_y.contiguous(layout), a = argmax.contiguous(layout);
-  const cpu::Pool p = pool({"max_pool2d_backward", window, ceil_mode}, input_size, a);
+  const cpu::Pool p = view({"max_pool2d_backward", window, ceil_mode}, input_size, a);
   const float* grad = g.const_data_ptr<float>();
   const uint8_t* arg = a.const_data_ptr<uint8_t>();
   float* to = grad_x.mutable_data_ptr<float>();
@@ -348,7 +250,8 @@ Result<kIndices> max_pool2d_autograd(const Args& args, const Tensor& input) {
   if (!ours(args, input)) return max_pool2d_torch<kIndices>(args, input);
   if (!any_requires_grad({&input})) {  // then no argmax is kept
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(input, args.pair(0), args.pair(2), args.pair(4), args.pair(6), args.ceil_mode);
+    const auto sym = [&](int at) { return c10::fromIntArrayRefSlow(args.pair(at)); };
+    return op.call(input, sym(0), sym(2), sym(4), sym(6), args.ceil_mode);
   }
   const variable_list out = MaxPool2dFunction::apply(input, args, kIndices);
   if constexpr (kIndices)

@@ -39,10 +39,14 @@ def _torch(op, f, *args, **kwargs):
 
 
 def _are_ints(x):
-    """One int, or one or two of them, as PyTorch's sizes in two dimensions may be given."""
+    """One int, or one or two of them: how PyTorch takes sizes in two dimensions."""
     if isinstance(x, _INT):
-        return True
-    return isinstance(x, tuple | list) and len(x) in (1, 2) and all(isinstance(i, _INT) for i in x)
+        return -(2**63) <= x < 2**63
+    return (
+        isinstance(x, tuple | list)
+        and len(x) in (1, 2)
+        and all(isinstance(i, _INT) and -(2**63) <= i < 2**63 for i in x)
+    )
 
 
 def _pair(x):
@@ -144,3 +148,39 @@ def _conv2d_sizes(weight, stride, padding, dilation, groups):
     else:
         return None
     return stride, edges, dilation, groups
+
+
+def max_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
+):
+    """The maximum of every window: :func:`torch.nn.functional.max_pool2d`.
+
+    Padding counts as ``-inf``, NaN as the greatest of all. A window without any element, which
+    dilation makes possible, gives ``-inf``, index -1 and no gradient (PyTorch writes outside of its
+    tensors there). Windows of more than 255 elements are left to PyTorch.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), contiguous or channels_last; so is the result
+        kernel_size, stride, padding, dilation: an int, or one for H and one for W
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW); with ``return_indices`` also ``h * W + w`` of every maximum
+
+    Raises:
+        RuntimeError: for sizes and values that do not go together.
+        TypeError: where an argument is of another type.
+    """
+    if stride is None or stride == []:
+        stride = kernel_size
+    window = kernel_size, stride, padding, dilation
+    if all(map(_are_ints, window)) and type(ceil_mode) is bool and _ours(input):
+        op = _ops.max_pool2d_with_indices if return_indices else _ops.max_pool2d
+        return op.default(input, *map(_pair, window), ceil_mode)
+    args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    return _torch("max_pool2d", F.max_pool2d, *args)

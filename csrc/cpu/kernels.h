@@ -50,6 +50,22 @@ struct Patches {
           w_end = 0;  // ow for which every w[ow, :] is inside x, and w[ow + 1, :] one more
 };
 
+// ---- max pooling ---------------------------------------------------------------------------
+
+// One axis of it: element k < kernel of window o is input position o * stride - pad + k * dilation,
+// missing where that is outside [0, in).
+struct PoolAxis {
+  int64_t in, out, kernel, stride, pad, dilation;
+};
+
+// x (images, H, W, C) -> y (images, OH, OW, C), H and W being h.in and w.in. Planes are images with
+// one channel. An argmax is a byte: kh * KW + kw, so KH * KW <= 255.
+struct Pool {
+  int64_t C;
+  PoolAxis h, w;
+};
+constexpr int64_t kNoElement = 255;  // the argmax of a window that lies outside the input
+
 // ---- the table -----------------------------------------------------------------------------
 
 // One table per instruction set, one entry per kernel.
@@ -82,6 +98,21 @@ struct Kernels {
   // grad_x[i] = y[i] <= 0 ? 0 : grad_y[i]
   void (*relu_backward)(const float* grad_y, const float* y, float* grad_x, int64_t begin,
                         int64_t end);
+
+  // y[o] = max over the elements of window o, NaN above all; argmax[o] (unless null) is the first
+  // greatest one, or the last NaN. Rows (image, oh) from begin to end.
+  void (*max_pool2d)(const float* x, float* y, uint8_t* argmax, const Pool& pool, int64_t begin,
+                     int64_t end);
+
+  // grad_x[i] = sum of grad_y[o] over the windows o whose argmax is i. Rows (image, h) from begin
+  // to end. Any bytes are safe: those that name no element of their window count for nothing.
+  void (*max_pool2d_backward)(const float* grad_y, const uint8_t* argmax, float* grad_x,
+                              const Pool& pool, int64_t begin, int64_t end);
+
+  // indices[o] = h * W + w of the element that argmax[o] names, -1 where it names none. Rows
+  // (image, oh) from begin to end.
+  void (*max_pool2d_indices)(const uint8_t* argmax, int64_t* indices, const Pool& pool,
+                             int64_t begin, int64_t end);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

@@ -24,19 +24,36 @@ struct Vec {
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
-  // Lanes as bytes: exact for whole numbers from 0 to 255. No byte masks here: short ones by hand.
+  // Lanes as bytes: exact for whole numbers from 0 to 255. No byte masks here: moves that overlap.
   static Vec load_bytes(const uint8_t* p, int64_t n) {
-    alignas(8) uint8_t bytes[8] = {};
-    for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
-    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    uint64_t bytes = 0;
+    uint32_t lo, hi;
+    if (n == 8) {
+      __builtin_memcpy(&bytes, p, 8);
+    } else if (n >= 4) {
+      __builtin_memcpy(&lo, p, 4);
+      __builtin_memcpy(&hi, p + n - 4, 4);
+      bytes = lo | static_cast<uint64_t>(hi) << (8 * (n - 4));
+    } else if (n > 0) {
+      bytes = p[0] | p[n / 2] << (8 * (n / 2)) | p[n - 1] << (8 * (n - 1));
+    }
+    const __m128i b = _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b))};
   }
   void store_bytes(uint8_t* p, int64_t n) const {
     const __m256i i = _mm256_cvtps_epi32(v);
     const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
-    alignas(8) uint8_t bytes[8];
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(w, w));
-    for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
+    const uint64_t bytes = static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(w, w)));
+    if (n == 8) {
+      __builtin_memcpy(p, &bytes, 8);
+    } else if (n >= 4) {
+      const uint32_t lo = static_cast<uint32_t>(bytes);
+      const uint32_t hi = static_cast<uint32_t>(bytes >> (8 * (n - 4)));
+      __builtin_memcpy(p, &lo, 4);
+      __builtin_memcpy(p + n - 4, &hi, 4);
+    } else {
+      for (int64_t k = 0; k < n; ++k) p[k] = static_cast<uint8_t>(bytes >> (8 * k));
+    }
   }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
@@ -104,6 +121,21 @@ inline void transpose(Vec (&r)[8]) {
     r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
     r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
   }
+}
+
+// p[2 * i] for i < n, n > 0; p[2 * n - 2] is the last that is touched.
+inline Vec load_even(const float* p, int64_t n) {
+  const bool whole = n == 8;
+  const __m256 a = whole ? Vec::load(p).v : Vec::load(p, n > 4 ? 8 : 2 * n - 1).v;
+  const __m256 b = whole ? Vec::load(p + 7).v : Vec::load(p + 7, n > 4 ? 2 * n - 8 : 0).v;
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 2, 0)));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, _MM_SHUFFLE(3, 1, 2, 0)))};
+}
+// a[0] b[0] a[1] b[1] ...: the first half to a, the second to b.
+inline void interleave(Vec& a, Vec& b) {
+  const __m256 lo = _mm256_unpacklo_ps(a.v, b.v), hi = _mm256_unpackhi_ps(a.v, b.v);
+  a.v = _mm256_permute2f128_ps(lo, hi, 0x20);
+  b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ struct Vec {
   }
   // Lanes as bytes: exact for whole numbers from 0 to 255.
   static Vec load_bytes(const uint8_t* p, int64_t n) {
+    if (n == 4) return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
     Vec a = zero();
     for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
     return a;
@@ -85,6 +86,19 @@ inline void transpose(Vec (&r)[4]) {
   const Vec a = r[0], b = r[1], c = r[2], d = r[3];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) r[j].v = Vec::Floats{a.v[j], b.v[j], c.v[j], d.v[j]};
+}
+
+// p[2 * i] for i < n, n > 0; p[2 * n - 2] is the last that is touched.
+inline Vec load_even(const float* p, int64_t n) {
+  if (n < 4) return {Vec::Floats{p[0], n > 1 ? p[2] : 0, n > 2 ? p[4] : 0, 0}};
+  const Vec a = Vec::load(p), b = Vec::load(p + 3);
+  return {Vec::Floats{a.v[0], a.v[2], b.v[1], b.v[3]}};
+}
+// a[0] b[0] a[1] b[1] ...: the first half to a, the second to b.
+inline void interleave(Vec& a, Vec& b) {
+  const Vec x = a, y = b;
+  a.v = Vec::Floats{x.v[0], y.v[0], x.v[1], y.v[1]};
+  b.v = Vec::Floats{x.v[2], y.v[2], x.v[3], y.v[3]};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace {
 // clang-format on
 #include "conv2d.inl.h"
 #include "relu.inl.h"
+#include "max_pool2d.inl.h"
 }  // namespace
 
 #define STRING_(x) #x
@@ -26,6 +27,9 @@ constinit const Kernels ISA = {
     .sum_rows = sum_rows,
     .relu = relu,
     .relu_backward = relu_backward,
+    .max_pool2d = max_pool2d,
+    .max_pool2d_backward = max_pool2d_backward,
+    .max_pool2d_indices = max_pool2d_indices,
 };
 
 }  // namespace dlkernels::cpu

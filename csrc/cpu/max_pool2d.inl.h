@@ -1,0 +1,238 @@
+// y[n, oh, ow, c] = max over (kh, kw) of x[n, oh * stride - pad + kh * dilation, ow * .. kw .., c],
+// where that max is (a byte an output), and the gradient. Lanes are channels, or in a plane
+// neighbouring windows: the same body, with another load.
+
+static void store(Vec v, float* to, int64_t n) { n == Vec::kWidth ? v.store(to) : v.store(to, n); }
+
+// The elements [begin, end) of a window along one axis that lie inside the input, given the
+// position of element 0.
+struct Inside {
+  int64_t begin, end;
+};
+static bool within(int64_t i, Inside range) { return i >= range.begin && i < range.end; }
+
+static Inside inside(const PoolAxis& a, int64_t start) {
+  const auto count_before = [&](int64_t position) {
+    if (position <= start) return int64_t{0};
+    return least((position - start + a.dilation - 1) / a.dilation, a.kernel);
+  };
+  const bool whole = start >= 0 && start + (a.kernel - 1) * a.dilation < a.in;
+  return whole ? Inside{0, a.kernel} : Inside{count_before(0), count_before(a.in)};
+}
+
+// The windows that lie inside the input with all their elements.
+static Inside whole_windows(const PoolAxis& a) {
+  const int64_t last = a.in - 1 - (a.kernel - 1) * a.dilation + a.pad;  // start - pad of the last
+  const int64_t end = last < 0 ? 0 : least(last / a.stride + 1, a.out);
+  return {least((a.pad + a.stride - 1) / a.stride, end), end};
+}
+
+// One window, or neighbours that have the same elements inside.
+struct Window {
+  int64_t h, w;  // of element (0, 0)
+  Inside kh, kw;
+};
+
+// y and argmax of n lanes. PyTorch's rule: a later element wins if it is greater or NaN.
+template <bool kArgmax, class Load>
+static void pool_lanes(const float* x, const Pool& p, const Window& at, Load load, int64_t n,
+                       float* y, uint8_t* argmax) {
+  const bool empty = at.kh.begin >= at.kh.end || at.kw.begin >= at.kw.end;
+  const int64_t first = empty ? kNoElement : at.kh.begin * p.w.kernel + at.kw.begin;
+  Vec best = Vec::fill(-__builtin_inff()), arg = Vec::fill(first);
+  for (int64_t kh = at.kh.begin; kh < at.kh.end; ++kh) {
+    const float* row = x + (at.h + kh * p.h.dilation) * p.w.in * p.C;
+    for (int64_t kw = at.kw.begin; kw < at.kw.end; ++kw) {
+      const Vec v = load(row + (at.w + kw * p.w.dilation) * p.C, n);
+      const Vec::Mask wins = either(v > best, is_nan(v));
+      best = select(wins, v, best);
+      if (kArgmax) arg = select(wins, Vec::fill(kh * p.w.kernel + kw), arg);
+    }
+  }
+  store(best, y, n);
+  if (kArgmax) arg.store_bytes(argmax, n);
+}
+
+// A row of windows in a plane. Those that are whole along w share vectors.
+template <bool kArgmax, class Load>
+static void pool_plane_row(const float* x, const Pool& p, Window at, Inside whole, Load load,
+                           float* y, uint8_t* argmax) {
+  for (int64_t ow = 0, n; ow < p.w.out; ow += n) {
+    n = within(ow, whole) ? least(whole.end - ow, Vec::kWidth) : 1;
+    at.w = ow * p.w.stride - p.w.pad;
+    at.kw = n == 1 ? inside(p.w, at.w) : Inside{0, p.w.kernel};
+    pool_lanes<kArgmax>(x, p, at, load, n, y + ow, kArgmax ? argmax + ow : nullptr);
+  }
+}
+
+template <bool kArgmax>
+static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
+                      int64_t end) {
+  const int64_t stride = p.w.stride;
+  const Inside whole = whole_windows(p.w);
+  const auto load = [](const float* from, int64_t n) {
+    return n == Vec::kWidth ? Vec::load(from) : Vec::load(from, n);
+  };
+  const auto load_any = [=](const float* from, int64_t n) {
+    float lanes[Vec::kWidth];
+    for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
+    return Vec::load(lanes, n);
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    const float* image = x + row / p.h.out * p.h.in * p.w.in * p.C;
+    const int64_t h = row % p.h.out * p.h.stride - p.h.pad, o = row * p.w.out * p.C;
+    Window at = {h, 0, inside(p.h, h), {0, 0}};
+    float* const to = y + o;
+    uint8_t* const arg = kArgmax ? argmax + o : nullptr;
+    if (p.C == 1) {
+      if (stride == 1)
+        pool_plane_row<kArgmax>(image, p, at, whole, load, to, arg);
+      else if (stride == 2)
+        pool_plane_row<kArgmax>(image, p, at, whole, load_even, to, arg);
+      else
+        pool_plane_row<kArgmax>(image, p, at, whole, load_any, to, arg);
+      continue;
+    }
+    for (int64_t ow = 0; ow < p.w.out; ++ow) {
+      at.w = ow * stride - p.w.pad;
+      at.kw = inside(p.w, at.w);
+      for (int64_t c = 0; c < p.C; c += Vec::kWidth)
+        pool_lanes<kArgmax>(image + c, p, at, load, least(p.C - c, Vec::kWidth), to + ow * p.C + c,
+                            kArgmax ? arg + ow * p.C + c : nullptr);
+    }
+  }
+}
+
+static void max_pool2d(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
+                       int64_t end) {
+  if (argmax)
+    pool_rows<true>(x, y, argmax, p, begin, end);
+  else
+    pool_rows<false>(x, y, argmax, p, begin, end);
+}
+
+// Where element k of a window lies, from its element 0. Bytes that are no element lie nowhere: no
+// bound holds them.
+struct Places {
+  int64_t h[kNoElement + 1], w[kNoElement + 1], count;
+  explicit Places(const Pool& p) : count(p.h.kernel * p.w.kernel) {
+    for (int64_t k = 0; k <= kNoElement; ++k) {
+      h[k] = k < count ? k / p.w.kernel * p.h.dilation : INT64_MIN / 2;
+      w[k] = k < count ? k % p.w.kernel * p.w.dilation : INT64_MIN / 2;
+    }
+  }
+};
+
+static void store_zeros(float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = 0;
+}
+
+// Rows [h0, h1) of an image where windows overlap or have holes: zeros, then windows add up in
+// PyTorch's order. An address comes from a byte only after it is checked.
+static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad_x, const Pool& p,
+                         const Places& places, int64_t h0, int64_t h1) {
+  const int64_t W = p.w.in, C = p.C, span = (p.h.kernel - 1) * p.h.dilation;
+  const Inside whole = whole_windows(p.w);
+  int64_t offset[kNoElement + 1];  // of an element, where the whole window is inside
+  const int64_t count = places.count;
+  for (int64_t k = 0; k < count; ++k)
+    offset[k] = span < h1 - h0 && whole.begin < whole.end ? (places.h[k] * W + places.w[k]) * C : 0;
+  store_zeros(grad_x + h0 * W * C, (h1 - h0) * W * C);
+  const int64_t first = h0 + p.h.pad - span;  // a window that starts before ends before h0
+  int64_t oh = first <= 0 ? 0 : (first + p.h.stride - 1) / p.h.stride;
+  for (; oh < p.h.out && oh * p.h.stride - p.h.pad < h1; ++oh) {
+    const int64_t h_start = oh * p.h.stride - p.h.pad;
+    const bool whole_h = h_start >= h0 && h_start + span < h1;
+    for (int64_t ow = 0, windows; ow < p.w.out; ow += windows) {
+      const int64_t w_start = ow * p.w.stride - p.w.pad;
+      const float* grad = grad_y + (oh * p.w.out + ow) * C;
+      const uint8_t* arg = argmax + (oh * p.w.out + ow) * C;
+      windows = 1;
+      if (whole_h && within(ow, whole)) {
+        if (C == 1) windows = whole.end - ow;
+        const int64_t step = C == 1 ? p.w.stride : 1;
+        float* const to = grad_x + (h_start * W + w_start) * C;
+        for (int64_t i = 0, n = windows * C; i < n; ++i)
+          if (const uint8_t k = arg[i]; k < count) to[offset[k] + i * step] += grad[i];
+        continue;
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t h = h_start + places.h[arg[c]], w = w_start + places.w[arg[c]];
+        if (within(h, {h0, h1}) && within(w, {0, W})) grad_x[(h * W + w) * C + c] += grad[c];
+      }
+    }
+  }
+}
+
+// Lanes of grad_y whose argmax is k, others 0.
+static Vec chosen(const float* grad_y, const uint8_t* argmax, int64_t k, int64_t n) {
+  const Vec grad = n == Vec::kWidth ? Vec::load(grad_y) : Vec::load(grad_y, n);
+  return select(Vec::load_bytes(argmax, n) == Vec::fill(k), grad, Vec::zero());
+}
+
+// A row of grad_x where windows do not overlap, from the one row of windows that covers it, of
+// which it is the row of elements k = kh * KW: every position is written once.
+static void expand_row(const float* grad_y, const uint8_t* argmax, float* grad_x, const Pool& p,
+                       int64_t k) {
+  const int64_t V = Vec::kWidth, W = p.w.in, C = p.C;
+  if (C > 1) {
+    for (int64_t w = 0, ow = p.w.pad / p.w.stride, kw = p.w.pad % p.w.stride; w < W; ++w) {
+      if (kw < p.w.kernel && ow < p.w.out)
+        for (int64_t c = 0; c < C; c += V) {
+          const int64_t o = ow * C + c, n = least(C - c, V);
+          store(chosen(grad_y + o, argmax + o, k + kw, n), grad_x + w * C + c, n);
+        }
+      else
+        store_zeros(grad_x + w * C, C);
+      if (++kw == p.w.stride) kw = 0, ++ow;
+    }
+    return;
+  }
+  for (int64_t ow = 0; ow < p.w.out; ow += V) {  // planes: stride 2 without padding
+    const int64_t n = least(p.w.out - ow, V), m = least(2 * n, W - 2 * ow);
+    Vec even = chosen(grad_y + ow, argmax + ow, k, n), odd = Vec::zero();
+    if (p.w.kernel == 2) odd = chosen(grad_y + ow, argmax + ow, k + 1, n);
+    interleave(even, odd);
+    store(even, grad_x + 2 * ow, least(m, V));
+    if (m > V) store(odd, grad_x + 2 * ow + V, m - V);
+  }
+  if (2 * p.w.out < W) store_zeros(grad_x + 2 * p.w.out, W - 2 * p.w.out);
+}
+
+static bool apart(const PoolAxis& a) { return a.dilation == 1 && a.kernel <= a.stride; }
+
+static void max_pool2d_backward(const float* grad_y, const uint8_t* argmax, float* grad_x,
+                                const Pool& p, int64_t begin, int64_t end) {
+  const int64_t x_row = p.w.in * p.C, y_row = p.w.out * p.C, H = p.h.in;
+  if (!apart(p.h) || !apart(p.w) || (p.C == 1 && (p.w.stride != 2 || p.w.pad != 0))) {
+    const Places places(p);
+    for (int64_t row = begin, rows; row < end; row += rows) {
+      const int64_t image = row / H, h = row % H, o = image * p.h.out * y_row;
+      rows = least(H - h, end - row);
+      scatter_rows(grad_y + o, argmax + o, grad_x + image * H * x_row, p, places, h, h + rows);
+    }
+    return;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t h = row % H + p.h.pad, oh = h / p.h.stride, kh = h % p.h.stride;
+    const int64_t o = (row / H * p.h.out + oh) * y_row;
+    if (oh < p.h.out && kh < p.h.kernel)
+      expand_row(grad_y + o, argmax + o, grad_x + row * x_row, p, kh * p.w.kernel);
+    else
+      store_zeros(grad_x + row * x_row, x_row);
+  }
+}
+
+static void max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& p,
+                               int64_t begin, int64_t end) {
+  const Places places(p);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t h_start = row % p.h.out * p.h.stride - p.h.pad;
+    for (int64_t ow = 0, o = row * p.w.out * p.C; ow < p.w.out; ++ow)
+      for (int64_t c = 0; c < p.C; ++c, ++o) {
+        const int64_t h = h_start + places.h[argmax[o]];
+        const int64_t w = ow * p.w.stride - p.w.pad + places.w[argmax[o]];
+        indices[o] = within(h, {0, p.h.in}) && within(w, {0, p.w.in}) ? h * p.w.in + w : -1;
+      }
+  }
+}

@@ -11,6 +11,7 @@ namespace {
 // clang-format on
 #include "conv2d.inl.h"
 #include "relu.inl.h"
+#include "adam.inl.h"
 }  // namespace
 
 #define STRING_(x) #x
@@ -26,6 +27,7 @@ constinit const Kernels ISA = {
     .sum_rows = sum_rows,
     .relu = relu,
     .relu_backward = relu_backward,
+    .adam = adam,
 };
 
 }  // namespace dlkernels::cpu

@@ -1,6 +1,7 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
-// The functions below are what the library says about itself; no tensor passes through them.
+// The functions below are what the library says about itself; no tensor is computed here.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/common.h"
 
@@ -31,5 +32,19 @@ PYBIND11_MODULE(_C, m) {
           if (op == s->name) s->torch_ran();
       },
       "Count a call that Python left to PyTorch; raises where set_fallback_error says so.");
+  m.def(
+      "are_ours",
+      [](const py::args& lists) {
+        for (const py::handle list : lists)
+          for (const py::handle t : list) {
+            if (!THPVariable_CheckExact(t.ptr())) return false;
+            const at::Tensor& tensor = THPVariable_Unpack(t.ptr());
+            if (!is_ours(tensor) || !tensor.is_cpu()) return false;
+          }
+        return true;
+      },
+      "Whether every tensor of these lists is a plain one that CPU kernels of ours take; quick, "
+      "for "
+      "the hundreds an optimizer has.");
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
 }

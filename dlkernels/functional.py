@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
+from torch.optim.adam import adam
 
 from . import _C, _state
 
@@ -184,3 +185,51 @@ def max_pool2d(
         return op.default(input, *map(_pair, window), ceil_mode)
     args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     return _torch("max_pool2d", F.max_pool2d, *args)
+
+
+def adam_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    state_steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    maximize=False,
+    decoupled_weight_decay=False,
+    grad_scale=None,
+    found_inf=None,
+):
+    """One step of Adam on all tensors of a group, in place: :func:`torch._fused_adam_`, which
+    counts the steps itself here. :class:`dlkernels.optim.Adam` calls it.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: lists of tensors, alike from list to list
+        state_steps: as many tensors of one element
+        decoupled_weight_decay: AdamW's, instead of adding it to the gradients
+        grad_scale: the gradients are divided by it, in place
+        found_inf: where it is not 0, nothing is changed
+
+    Raises:
+        RuntimeError: for lists, shapes, dtypes or devices that do not go together.
+    """
+    kwargs = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "maximize": maximize,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+    }
+    scalars = [t for t in (grad_scale, found_inf) if t is not None]
+    if _ours(*params, *grads, *exp_avgs, *exp_avg_sqs, *state_steps, *scalars):
+        return _ops.adam_.default(params, grads, exp_avgs, exp_avg_sqs, state_steps, **kwargs)
+    lists = params, grads, exp_avgs, exp_avg_sqs, [], state_steps
+    return _torch("adam_", adam, *lists, amsgrad=False, fused=bool(scalars), **kwargs)

@@ -66,6 +66,21 @@ struct Pool {
 };
 constexpr int64_t kNoElement = 255;  // the argmax of a window that lies outside the input
 
+// ---- Adam ----------------------------------------------------------------------------------
+
+// One tensor's step: four arrays that lie alike, and the scalars of the formula in adam.inl.h.
+struct AdamTensor {
+  float *param, *exp_avg, *exp_avg_sq;
+  const float* grad;
+  float* unscaled;  // where grad / grad_scale goes (grad itself, or a copy), or null: do not divide
+  float grad_scale;
+  float sign;          // -1 to maximize
+  float weight_decay;  // added to the gradient
+  float shrink;        // 1 - lr * weight_decay where that is decoupled
+  float one_minus_beta1, beta2, one_minus_beta2, eps;
+  float rsqrt_bias, step_size;  // 1 / sqrt(1 - beta2^step), lr / (1 - beta1^step)
+};
+
 // ---- the table -----------------------------------------------------------------------------
 
 // One table per instruction set, one entry per kernel.
@@ -113,6 +128,9 @@ struct Kernels {
   // (image, oh) from begin to end.
   void (*max_pool2d_indices)(const uint8_t* argmax, int64_t* indices, const Pool& pool,
                              int64_t begin, int64_t end);
+
+  // One step of Adam on elements [begin, end) of a tensor.
+  void (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

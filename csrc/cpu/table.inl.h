@@ -12,6 +12,7 @@ namespace {
 #include "conv2d.inl.h"
 #include "relu.inl.h"
 #include "max_pool2d.inl.h"
+#include "adam.inl.h"
 }  // namespace
 
 #define STRING_(x) #x
@@ -30,6 +31,7 @@ constinit const Kernels ISA = {
     .max_pool2d = max_pool2d,
     .max_pool2d_backward = max_pool2d_backward,
     .max_pool2d_indices = max_pool2d_indices,
+    .adam = adam,
 };
 
 }  // namespace dlkernels::cpu

@@ -95,6 +95,7 @@ def test_opcheck():
         if input.isnan().any() or input.stride(0) == 0:
             continue  # opcheck takes a NaN for a difference, and cannot write to expanded inputs
         window[1] = window[1] or []
+        window[:4] = [[v] if isinstance(v, int) else v for v in window[:4]]
         torch.library.opcheck(torch.ops.dlkernels.max_pool2d, (input, *window))
         torch.library.opcheck(torch.ops.dlkernels.max_pool2d_with_indices, (input, *window))
 

@@ -1,8 +1,8 @@
 // Softmax cross-entropy of a row of logits and its gradient, while the row is in L1.
 
-// e^x with an error under 1 ulp (measured against float64 over all floats from -87 to 88.7); 0
-// below -104, inf above 89, NaN kept. x = n ln2 + r, |r| <= ln2 / 2, and e^r from the polynomial of
-// the Cephes library.
+// e^x, off by at most 1.27 ulp (measured against float64 at every third float of -104 .. 88.7, with
+// the same result on all instruction sets); 0 below -104, inf above 88.8, NaN kept. x = n ln2 + r
+// with |r| <= ln2 / 2, and e^r from the polynomial of the Cephes library.
 static Vec exp(Vec x) {
   x = max(Vec::fill(-104), min(Vec::fill(89), x));  // these orders of arguments keep NaN
   const Vec n = round(x * Vec::fill(1.44269504f));
@@ -19,9 +19,9 @@ static Vec exp(Vec x) {
 
 // A row's distribution a (see CrossEntropy), lanes that are not there 0.
 struct Distribution {
-  const float *p, *weight;   // the row's probabilities or null; class weights or null
-  int64_t target;            // -1 where p is given
-  float sharp, flat;         // 1 - smoothing, smoothing / C
+  const float *p, *weight;  // the row's probabilities or null; class weights or null
+  int64_t target;           // -1 where p is given
+  float sharp, flat;        // 1 - smoothing, smoothing / C
 
   Vec at(int64_t c, int64_t n) const {
     Vec a = Vec::load(kOnes, n) * Vec::fill(flat);

@@ -85,7 +85,8 @@ struct AdamTensor {
 
 // The rows of logits x (rows, C) and the distribution a they are compared with:
 //   target[r] = t:        a[c] = weight[c] * ((1 - smoothing) * (c == t) + smoothing / C)
-//   probabilities[r, :]:  a[c] = weight[c] * ((1 - smoothing) * probabilities[r, c] + smoothing / C)
+//   probabilities[r, :]:  a[c] = weight[c] * ((1 - smoothing) * probabilities[r, c] + smoothing /
+//   C)
 // A row whose target is ignore_index counts for nothing, whatever it holds. Any other target must
 // be one of 0 .. C - 1.
 struct CrossEntropy {

@@ -247,7 +247,12 @@ def test_bad_lists(which, change, error):
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 def test_bad_scalars(name):
     lists = group(torch.randn(7))
-    for scalar in (torch.ones(2), torch.ones(0), torch.ones(1).to_sparse()):
+    for scalar in (
+        torch.ones(2),
+        torch.ones(0),
+        torch.ones(1).to_sparse(),
+        torch.ones((), device="meta"),
+    ):
         with pytest.raises(RuntimeError, match=f"adam_: {name}"):
             ours.adam_(*lists, **SCALARS, **{name: scalar})
     with pytest.raises(RuntimeError, match=r"adam_: grads|single memory location"):

@@ -63,10 +63,15 @@ bool ours(const Adam& a) {
 
 // ---- shapes: shared by every device and by torch.compile ----------------------------------
 
-void check_scalar(const char* name, const Tensor& t) {
+// A step, a scale or a flag. On another device it would choose that device's kernel: meta's, which
+// does nothing.
+void check_scalar(const Adam& a, const char* name, const Tensor& t) {
   TORCH_CHECK(t.defined() && t.layout() == at::kStrided && t.sym_numel() == 1, "adam_: ", name,
               " must be a dense tensor of one element, got ",
               t.defined() ? t.toString() : "undefined");
+  TORCH_CHECK(a.params.empty() || t.device().is_cpu() || t.device() == a.params[0].device(),
+              "adam_: ", name, " must be on the CPU or on ", a.params[0].device(), ", got ",
+              t.device());
   TORCH_CHECK_NOT_IMPLEMENTED(!at::isComplexType(t.scalar_type()), "adam_: ", name,
                               " must be real, got ", t.scalar_type());
 }
@@ -80,9 +85,7 @@ void check(const Adam& a) {
     for (size_t i = 0; i < n; ++i) {
       const Tensor &t = tensors[i], &param = a.params[i];
       if (scalars) {
-        check_scalar(name, t);
-        TORCH_CHECK(t.device().is_cpu() || t.device() == param.device(), "adam_: state_steps[", i,
-                    "] must be on the CPU or on ", param.device(), ", got ", t.device());
+        check_scalar(a, name, t);
       } else {
         TORCH_CHECK(t.defined() && t.layout() == at::kStrided, "adam_: ", name, "[", i,
                     "] must be dense, got ", t.defined() ? t.toString() : "undefined");
@@ -100,8 +103,8 @@ void check(const Adam& a) {
                   "] must not be an inference tensor outside InferenceMode");
     }
   }
-  if (a.grad_scale) check_scalar("grad_scale", *a.grad_scale);
-  if (a.found_inf) check_scalar("found_inf", *a.found_inf);
+  if (a.grad_scale) check_scalar(a, "grad_scale", *a.grad_scale);
+  if (a.found_inf) check_scalar(a, "found_inf", *a.found_inf);
 }
 
 // A backward pass that saved any of these must notice (torch's own fused Adam on the CPU forgets).

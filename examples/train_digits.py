@@ -17,13 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dlkernels
+import harness
 
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import calls, check
 
 import dlkernels.functional as ours
+from common import calls, check
 
 PAIRS = {
     "conv2d": (ours.conv2d, F.conv2d),

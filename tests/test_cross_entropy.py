@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from common import calls, check
 
 import dlkernels.functional as ours
+from common import calls, check
 
 NAN, INF = math.nan, math.inf
 KERNELS = {"forward": ["cross_entropy"], "backward": ["cross_entropy_backward"]}

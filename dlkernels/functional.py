@@ -22,7 +22,7 @@ _ops = torch.ops.dlkernels
 # Exact types: a subclass may mean anything by an op, so PyTorch's own dispatch decides about it.
 _PLAIN = {Tensor, Parameter, FakeTensor, FunctionalTensor}
 
-_INT = (int, torch.SymInt)
+_INT = {int, torch.SymInt}  # no bool
 
 
 def _ours(*tensors):
@@ -42,17 +42,17 @@ def _torch(op, f, *args, **kwargs):
 
 def _are_ints(x):
     """One int, or one or two of them: how PyTorch takes sizes in two dimensions."""
-    if isinstance(x, _INT):
+    if type(x) in _INT:
         return -(2**63) <= x < 2**63
     return (
         isinstance(x, tuple | list)
         and len(x) in (1, 2)
-        and all(isinstance(i, _INT) and -(2**63) <= i < 2**63 for i in x)
+        and all(type(i) in _INT and -(2**63) <= i < 2**63 for i in x)
     )
 
 
 def _pair(x):
-    return (x, x) if isinstance(x, _INT) else (x[0], x[-1])
+    return (x, x) if type(x) in _INT else (x[0], x[-1])
 
 
 def linear(input, weight, bias=None):
@@ -132,7 +132,7 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 def _conv2d_sizes(weight, stride, padding, dilation, groups):
     """(stride, (top, bottom, left, right), dilation, groups), or None: PyTorch is to judge them."""
-    if not (_are_ints(stride) and _are_ints(dilation) and isinstance(groups, _INT)):
+    if not (_are_ints(stride) and _are_ints(dilation) and type(groups) in _INT):
         return None
     stride, dilation = _pair(stride), _pair(dilation)
     if padding == "valid":
@@ -223,7 +223,7 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if (
         _ours(input, target, target if weight is None else weight)
-        and isinstance(ignore_index, _INT)
+        and type(ignore_index) in _INT
         and isinstance(label_smoothing, int | float)
     ):
         kind = _Reduction.get_enum(reduction)

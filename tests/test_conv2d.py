@@ -17,7 +17,7 @@ layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def samples(memory_format=torch.contiguous_format, device="cpu"):
-    """(input, weight, bias), keyword arguments: tails around the tiles, every option, odd strides."""
+    """(input, weight, bias), keyword arguments: tails around the tiles, options, odd strides."""
 
     def t(*shape):
         x = torch.randn(*shape, device=device)
@@ -153,6 +153,8 @@ BAD = {
     "groups 2": lambda x, w: ((x, w), {"groups": 2}),
     "kernel too large": lambda x, w: ((x[..., :2], w), {}),
     "dtypes": lambda x, w: ((x, w.double()), {}),
+    "bool stride": lambda x, w: ((x, w), {"stride": True}),
+    "bool groups": lambda x, w: ((x, w), {"groups": True}),
     "float stride": lambda x, w: ((x, w), {"stride": 1.5}),
     "list as input": lambda x, w: (([1.0], w), {}),
     "no weight": lambda x, w: ((x, None), {}),

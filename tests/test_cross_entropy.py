@@ -203,6 +203,7 @@ BAD = {
     "int32 target": lambda x, y: ((x, y.int()), {}),
     "int16 target": lambda x, y: ((x, y.short()), {}),
     "bool target": lambda x, y: ((x, y.bool()), {}),
+    "uint8 target in two dimensions": lambda x, y: ((x[:, :, None], y[:, None].byte()), {}),
     "integer probabilities": lambda x, y: ((x, torch.ones(4, 7).long()), {}),
     "weight size": lambda x, y: ((x, y), {"weight": torch.rand(6)}),
     "weight rank": lambda x, y: ((x, y), {"weight": torch.rand(1, 7)}),

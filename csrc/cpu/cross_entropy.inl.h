@@ -101,7 +101,8 @@ static void scale_rows(const float* x, const float* factor, int64_t step, float*
     const Vec f = Vec::fill(factor[r * step]);
     for (int64_t c = r * C; c < (r + 1) * C; c += Vec::kWidth) {
       const int64_t n = least((r + 1) * C - c, Vec::kWidth);
-      (Vec::load(x + c, n) * f).store(y + c, n);
+      const Vec v = Vec::load(x + c, n);
+      select(v == Vec::zero(), v, v * f).store(y + c, n);
     }
   }
 }

@@ -157,7 +157,8 @@ struct Kernels {
   // grad[r, c] = scale * (softmax(x[r])[c] * sum_j a[j] - a[c]), for rows from begin to end.
   void (*cross_entropy)(const CrossEntropy& job, int64_t begin, int64_t end);
 
-  // y[r, c] = x[r, c] * factor[r * step], for rows from begin to end.
+  // y[r, c] = x[r, c] * factor[r * step], for rows from begin to end. 0 stays 0, whatever the
+  // factor: an ignored row has no gradient.
   void (*scale_rows)(const float* x, const float* factor, int64_t step, float* y, int64_t C,
                      int64_t begin, int64_t end);
 };

@@ -4,6 +4,7 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include "common.h"
 
@@ -70,8 +71,9 @@ bool ours(const Tensor& input, const Tensor& target, const optional<Tensor>& wei
     return false;
   if (has_probabilities(input, target))
     return is_ours(target) && !target.requires_grad() && ignore_index < 0;
+  const bool bytes = target.scalar_type() == at::kByte && input.dim() <= 2;  // as PyTorch
   if (target.layout() != at::kStrided || target.dim() != input.dim() - 1 ||
-      (target.scalar_type() != at::kLong && target.scalar_type() != at::kByte))
+      (target.scalar_type() != at::kLong && !bytes))
     return false;
   for (int64_t i = 0; i < target.dim(); ++i)
     if (target.sym_size(i) != input.sym_size(i < dim ? i : i + 1)) return false;
@@ -258,10 +260,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                              ctx->saved_data["label_smoothing"].toDouble());
       };
       out[0] = differentiable_backward(loss, {input}, grads[0])[0];
-    } else if (is_one(grads[0]) && input.dim() == 2) {
-      // Nothing to scale. The engine writes into a gradient only where nobody else holds it, and a
-      // retained graph does; what a hook writes into it, the saved version counter finds out.
-      out[0] = grad;
+    } else if (is_one(grads[0]) && input.dim() == 2 &&
+               !torch::autograd::get_current_graph_task_keep_graph()) {
+      out[0] = grad;  // nothing to scale, and the graph that holds it is freed right after
     } else {
       out[0] = op.call(grads[0], grad, input);
     }

@@ -46,8 +46,8 @@ struct Patches {
   int64_t C, KH, KW, OH, OW;
   const int64_t* h;  // (OH, KH)
   const int64_t* w;  // (OW, KW)
-  int64_t w_begin = 0,
-          w_end = 0;  // ow for which every w[ow, :] is inside x, and w[ow + 1, :] one more
+  // Columns ow of which all w[ow, :] lie in x, and one further for the next ow; none if unknown.
+  int64_t w_begin = 0, w_end = 0;
 };
 
 // ---- max pooling ---------------------------------------------------------------------------

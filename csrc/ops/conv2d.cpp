@@ -5,6 +5,7 @@
 #include <ATen/ops/relu.h>
 
 #include "common.h"
+#include "conv2d.h"
 
 namespace dlkernels {
 
@@ -25,14 +26,14 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
 
 namespace {
 
+using namespace conv;
+
 OpStats conv2d_stats("conv2d"), conv2d_relu_stats("conv2d_relu"),
     conv2d_backward_stats("conv2d_backward");
 
 template <bool kRelu>
 constexpr const char* kName = kRelu ? "conv2d_relu" : "conv2d";
 
-using c10::SymInt;
-using c10::SymIntArrayRef;
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Conv2d = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
@@ -73,60 +74,6 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
 
-// One argument in two dimensions: (h, w), or one number for both.
-std::array<SymInt, 2> pair(const char* name, SymIntArrayRef values, int64_t least) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, "conv2d: ", name,
-              " must be one or two numbers, got ", values);
-  for (const SymInt& v : values)  // small enough that no product of two overflows
-    TORCH_CHECK(v >= least && v <= INT32_MAX, "conv2d: ", name, " must be at least ", least,
-                " and below 2**31, got ", values);
-  return {values[0], values.back()};
-}
-
-Tensor batched(const Tensor& input) { return input.dim() == 3 ? input.unsqueeze(0) : input; }
-
-// As PyTorch: channels_last where the input or the weight is.
-at::MemoryFormat layout(const Tensor& input, const Tensor& weight) {
-  const auto last = at::MemoryFormat::ChannelsLast;
-  return batched(input).suggest_memory_format() == last || weight.suggest_memory_format() == last
-             ? last
-             : at::MemoryFormat::Contiguous;
-}
-
-// input (N, C, H, W) or (C, H, W), weight (K, C / groups, KH, KW) -> sizes of (N, K, OH, OW)
-std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
-                                   SymIntArrayRef padding, SymIntArrayRef dilation,
-                                   const SymInt& groups) {
-  TORCH_CHECK(input.dim() == 3 || input.dim() == 4,
-              "conv2d: input must be (N, C, H, W) or (C, H, W), got ", input.sym_sizes());
-  TORCH_CHECK(weight.dim() == 4, "conv2d: weight must be (K, C / groups, KH, KW), got ",
-              weight.sym_sizes());
-  const auto s = pair("stride", stride, 1), d = pair("dilation", dilation, 1);
-  TORCH_CHECK(padding.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ",
-              padding);
-  const auto top = pair("padding", padding.slice(0, 2), 0);
-  const auto left = pair("padding", padding.slice(2, 2), 0);
-  TORCH_CHECK(groups > 0 && groups <= INT32_MAX, "conv2d: groups must be positive, got ", groups);
-  const SymInt K = weight.sym_size(0), C = weight.sym_size(1) * groups;
-  TORCH_CHECK(K % groups == 0, "conv2d: weight.shape[0] must be a multiple of groups = ", groups,
-              ", got weight ", weight.sym_sizes());
-  TORCH_CHECK(input.sym_size(-3) == C, "conv2d: input must have ", C,
-              " channels (groups = ", groups, ", weight is ", weight.sym_sizes(), "), got input ",
-              input.sym_sizes());
-  std::array<SymInt, 4> sizes = {input.dim() == 4 ? input.sym_size(0) : SymInt(1), K, 0, 0};
-  for (int i = 0; i < 2; ++i) {
-    const SymInt kernel = weight.sym_size(2 + i), size = input.sym_size(i - 2);
-    TORCH_CHECK(kernel <= INT32_MAX, "conv2d: weight must be smaller, got ", weight.sym_sizes());
-    const SymInt padded = size + (i ? left : top)[0] + (i ? left : top)[1];
-    const SymInt window = d[i] * (kernel - 1) + 1;
-    TORCH_CHECK(window <= padded, "conv2d: the dilated kernel must not be larger than the padded ",
-                "input, got kernel size ", window, " and input size ", padded, " in dimension ",
-                i - 2);
-    sizes[2 + i] = (padded - window) / s[i] + 1;
-  }
-  return sizes;
-}
-
 template <bool kRelu>
 Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
@@ -165,65 +112,6 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
-
-// A checked call in plain numbers, and the index tables of its windows.
-struct Geometry {
-  int64_t N, C, H, W, K, KH, KW, OH, OW, groups, c, k;  // c, k: channels a group
-  std::array<int64_t, 2> stride, padding, dilation;     // padding: top and left
-  bool channels_last;
-
-  Geometry(const Tensor& input, const Tensor& weight, SymIntArrayRef s, SymIntArrayRef p,
-           SymIntArrayRef d, const SymInt& g) {
-    const auto sizes = output_sizes(input, weight, s, p, d, g);
-    const auto number = [](const SymInt& x) { return x.expect_int(); };
-    N = number(sizes[0]), OH = number(sizes[2]), OW = number(sizes[3]);
-    C = input.size(-3), H = input.size(-2), W = input.size(-1);
-    K = weight.size(0), KH = weight.size(2), KW = weight.size(3);
-    groups = number(g), c = C / groups, k = K / groups;
-    stride = {number(s[0]), number(s.back())}, dilation = {number(d[0]), number(d.back())};
-    padding = {number(p[0]), number(p[2])};
-    channels_last = layout(input, weight) == at::MemoryFormat::ChannelsLast;
-  }
-
-  // (outputs, window): the input row (or column) under each tap of a window, -1 outside.
-  std::vector<int64_t> taps(int i, int64_t outputs, int64_t window, int64_t size) const {
-    std::vector<int64_t> table;
-    table.reserve(outputs * window);
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t t = 0; t < window; ++t) {
-        const int64_t at = o * stride[i] - padding[i] + t * dilation[i];
-        table.push_back(at >= 0 && at < size ? at : -1);
-      }
-    return table;
-  }
-
-  // (size, window): the output row that reaches an input row through each tap, -1 where none does.
-  std::vector<int64_t> reverse_taps(int i, int64_t size, int64_t window, int64_t outputs) const {
-    std::vector<int64_t> table;
-    table.reserve(size * window);
-    for (int64_t at = 0; at < size; ++at)
-      for (int64_t t = 0; t < window; ++t) {
-        const int64_t o = at + padding[i] - t * dilation[i];
-        table.push_back(o >= 0 && o % stride[i] == 0 && o / stride[i] < outputs ? o / stride[i]
-                                                                                : -1);
-      }
-    return table;
-  }
-
-  at::MemoryFormat format() const {
-    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  }
-};
-
-// An (N, channels, H, W) tensor in one of the two layouts, and what a group or an image of it is.
-struct Images {
-  int64_t sn, sc, sh, sw;
-  Images(bool channels_last, int64_t channels, int64_t H, int64_t W)
-      : sn(channels * H * W),
-        sc(channels_last ? 1 : H * W),
-        sh(channels_last ? W * channels : W),
-        sw(channels_last ? channels : 1) {}
-};
 
 // `count` products of one size: whole ones to each thread where there are enough of them.
 using CountedGemmTask = c10::function_ref<void(int64_t, const cpu::GemmPart&, float* scratch)>;
@@ -278,23 +166,10 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   const Tensor x = batched(input).contiguous(g.format());
   const Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);  // (K, KH, KW, c)
   const Tensor b = bias ? bias->contiguous() : Tensor();
-  const auto rows = g.taps(0, g.OH, g.KH, g.H), cols = g.taps(1, g.OW, g.KW, g.W);
-  const Images from(g.channels_last, g.C, g.H, g.W);
-  const cpu::Patches patches = {.x = x.const_data_ptr<float>(),
-                                .sn = from.sn,
-                                .sc = from.sc,
-                                .sh = from.sh,
-                                .sw = from.sw,
-                                .C = g.c,
-                                .KH = g.KH,
-                                .KW = g.KW,
-                                .OH = g.OH,
-                                .OW = g.OW,
-                                .h = rows.data(),
-                                .w = cols.data()};
+  const Windows windows = Windows::of_input(g, x);
   cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(), .relu = kRelu};
   if (bias) (g.channels_last ? out.col_bias : out.row_bias) = b.const_data_ptr<float>();
-  convolve(g, patches, w.const_data_ptr<float>(), g.k, out);
+  convolve(g, windows.patches, w.const_data_ptr<float>(), g.k, out);
   return y;
 }
 
@@ -303,22 +178,8 @@ void conv2d_grad_input(const Geometry& g, const Tensor& gy, const float* relu_y,
                        const Tensor& weight, const Tensor& grad_input) {
   const Tensor w = weight.reshape({g.groups, g.k, g.c, g.KH, g.KW}).permute({0, 2, 3, 4, 1});
   const Tensor wc = w.contiguous();  // (groups, c, KH, KW, k)
-  const auto rows = g.reverse_taps(0, g.H, g.KH, g.OH), cols = g.reverse_taps(1, g.W, g.KW, g.OW);
-  const Images from(g.channels_last, g.K, g.OH, g.OW);
-  const cpu::Patches patches = {.x = gy.const_data_ptr<float>(),
-                                .relu_y = relu_y,
-                                .sn = from.sn,
-                                .sc = from.sc,
-                                .sh = from.sh,
-                                .sw = from.sw,
-                                .C = g.k,
-                                .KH = g.KH,
-                                .KW = g.KW,
-                                .OH = g.H,
-                                .OW = g.W,
-                                .h = rows.data(),
-                                .w = cols.data()};
-  convolve(g, patches, wc.const_data_ptr<float>(), g.c,
+  const Windows windows = Windows::of_output(g, gy, relu_y);
+  convolve(g, windows.patches, wc.const_data_ptr<float>(), g.c,
            {.c = grad_input.mutable_data_ptr<float>()});
 }
 
@@ -331,28 +192,8 @@ void conv2d_grad_weight(const Geometry& g, const Tensor& gy, const float* relu_y
       std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(g.N, 16));
   const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, gy.options());
   const Tensor bias_sums = at::empty({chunks, g.K}, gy.options());
-  const auto rows = g.taps(0, g.OH, g.KH, g.H), cols = g.taps(1, g.OW, g.KW, g.W);
+  const Windows windows = Windows::of_input(g, x);
   const Images from(g.channels_last, g.C, g.H, g.W), grad(g.channels_last, g.K, g.OH, g.OW);
-  cpu::Patches patches = {.x = x.const_data_ptr<float>(),
-                          .sn = from.sn,
-                          .sc = from.sc,
-                          .sh = from.sh,
-                          .sw = from.sw,
-                          .C = g.c,
-                          .KH = g.KH,
-                          .KW = g.KW,
-                          .OH = g.OH,
-                          .OW = g.OW,
-                          .h = rows.data(),
-                          .w = cols.data()};
-  const auto inside = [&](int64_t ow) {  // all taps of this column lie in x
-    return cols[ow * g.KW] >= 0 && cols[ow * g.KW + g.KW - 1] >= 0;
-  };
-  if (g.stride[1] == 1) {
-    while (patches.w_begin < g.OW && !inside(patches.w_begin)) ++patches.w_begin;
-    patches.w_end = patches.w_begin;
-    while (patches.w_end < g.OW && inside(patches.w_end)) ++patches.w_end;
-  }
   float* const to = grad_weight ? sums.mutable_data_ptr<float>() : nullptr;
   float* const bias_to = bias_sums.mutable_data_ptr<float>();
   const float* const gy_data = gy.const_data_ptr<float>();
@@ -362,7 +203,7 @@ void conv2d_grad_weight(const Geometry& g, const Tensor& gy, const float* relu_y
     // channels_last: the pixels of all images are one long sum; NCHW: image after image.
     const int64_t step = g.channels_last ? end - begin : 1;
     for (int64_t n = begin; n < end; n += step) {
-      cpu::Patches p = patches;
+      cpu::Patches p = windows.patches;
       p.x += n * from.sn + group * g.c * from.sc;
       const int64_t at = n * grad.sn + group * g.k * grad.sc;
       const cpu::Matrix a = {gy_data + at, grad.sc, grad.sw, relu_y ? relu_y + at : nullptr};

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
-from torch.nn import _reduction as _Reduction
 from torch.optim.adam import adam
 
 from . import _C, _state
@@ -186,60 +185,6 @@ def max_pool2d(
         return op.default(input, *map(_pair, window), ceil_mode)
     args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     return _torch("max_pool2d", F.max_pool2d, *args)
-
-
-def cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
-    """Softmax cross-entropy: :func:`torch.nn.functional.cross_entropy`.
-
-    The gradient is made in the forward pass, where one is wanted; backward scales it.
-
-    Args:
-        input: logits (C), (N, C) or (N, C, d1, ...)
-        target: class indices (), (N) or (N, d1, ...), int64 or uint8; or probabilities like input
-        weight: (C), of each class, or None
-        size_average, reduce: PyTorch's deprecated spelling of `reduction`
-        ignore_index: targets that count for nothing
-        reduction: "none", "mean" (over the weights of the targets) or "sum"
-        label_smoothing: from 0 to 1
-
-    Returns:
-        A scalar; with "none" the shape of class indices.
-
-    Raises:
-        IndexError: for a target that is no class.
-        ValueError: for batches of different sizes, or an unknown reduction.
-        RuntimeError: for other shapes, dtypes or devices that do not go together.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if (
-        _ours(input, target, target if weight is None else weight)
-        and type(ignore_index) in _INT
-        and isinstance(label_smoothing, int | float)
-    ):
-        kind = _Reduction.get_enum(reduction)
-        return _ops.cross_entropy.default(
-            input, target, weight, kind, ignore_index, label_smoothing
-        )
-    return _torch(
-        "cross_entropy",
-        F.cross_entropy,
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
 
 
 def adam_(

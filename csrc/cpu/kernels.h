@@ -81,27 +81,6 @@ struct AdamTensor {
   float rsqrt_bias, step_size;  // 1 / sqrt(1 - beta2^step), lr / (1 - beta1^step)
 };
 
-// ---- cross-entropy -------------------------------------------------------------------------
-
-// The rows of logits x (rows, C) and the distribution a they are compared with:
-//   target[r] = t:        a[c] = weight[c] * ((1 - smoothing) * (c == t) + smoothing / C)
-//   probabilities[r, :]:  a[c] = weight[c] * ((1 - smoothing) * probabilities[r, c] + smoothing /
-//   C)
-// A row whose target is ignore_index counts for nothing, whatever it holds. Any other target must
-// be one of 0 .. C - 1.
-struct CrossEntropy {
-  const float* x;
-  int64_t C;
-  const int64_t* target;       // (rows) or null
-  const float* probabilities;  // (rows, C) or null
-  const float* weight;         // (C) or null: all 1
-  int64_t ignore_index;
-  float smoothing;
-  float scale;  // of grad
-  float* loss;  // (rows)
-  float* grad;  // (rows, C) or null
-};
-
 // ---- the table -----------------------------------------------------------------------------
 
 // One table per instruction set, one entry per kernel.
@@ -152,15 +131,6 @@ struct Kernels {
 
   // One step of Adam on elements [begin, end) of a tensor.
   void (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
-
-  // loss[r] = -sum_c a[c] * log softmax(x[r])[c]
-  // grad[r, c] = scale * (softmax(x[r])[c] * sum_j a[j] - a[c]), for rows from begin to end.
-  void (*cross_entropy)(const CrossEntropy& job, int64_t begin, int64_t end);
-
-  // y[r, c] = x[r, c] * factor[r * step], for rows from begin to end. 0 stays 0, whatever the
-  // factor: an ignored row has no gradient.
-  void (*scale_rows)(const float* x, const float* factor, int64_t step, float* y, int64_t C,
-                     int64_t begin, int64_t end);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

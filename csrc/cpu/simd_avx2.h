@@ -22,11 +22,6 @@ struct Vec {
   static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
-  static Vec load(const float* p, int64_t n, float rest) {  // lanes from n on hold `rest`
-    const __m256i lanes = first(n);
-    return {_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p, lanes),
-                             _mm256_castsi256_ps(lanes))};
-  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   // Lanes as bytes: exact for whole numbers from 0 to 255. No byte masks here: moves that overlap.

@@ -25,9 +25,6 @@ struct Vec {
   static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  static Vec load(const float* p, int64_t n, float rest) {  // lanes from n on hold `rest`
-    return {_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first(n), p)};
-  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   // Lanes as bytes: exact for whole numbers from 0 to 255.

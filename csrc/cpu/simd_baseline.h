@@ -29,11 +29,6 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
     return a;
   }
-  static Vec load(const float* p, int64_t n, float rest) {  // lanes from n on hold `rest`
-    Vec a = fill(rest);
-    for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
-    return a;
-  }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
   void store(float* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];

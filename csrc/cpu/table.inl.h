@@ -13,7 +13,6 @@ namespace {
 #include "relu.inl.h"
 #include "max_pool2d.inl.h"
 #include "adam.inl.h"
-#include "cross_entropy.inl.h"
 }  // namespace
 
 #define STRING_(x) #x
@@ -33,8 +32,6 @@ constinit const Kernels ISA = {
     .max_pool2d_backward = max_pool2d_backward,
     .max_pool2d_indices = max_pool2d_indices,
     .adam = adam,
-    .cross_entropy = cross_entropy,
-    .scale_rows = scale_rows,
 };
 
 }  // namespace dlkernels::cpu

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn import Parameter
+from torch.nn import Parameter, _reduction
 from torch.optim.adam import adam
 
 from . import _C, _state
@@ -233,3 +233,50 @@ def adam_(
         return _ops.adam_.default(params, grads, exp_avgs, exp_avg_sqs, state_steps, **kwargs)
     lists = params, grads, exp_avgs, exp_avg_sqs, [], state_steps
     return _torch("adam_", adam, *lists, amsgrad=False, fused=bool(scalars), **kwargs)
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    """``nll_loss(log_softmax(input), target)``: :func:`torch.nn.functional.cross_entropy`.
+
+    The gradient is computed together with the loss, where one is wanted.
+
+    Args:
+        input: (C), (N, C) or (N, C, d1, ...): logits
+        target: classes, shaped like input without C, or probabilities, shaped like input
+        weight: (C) or None
+        size_average, reduce: PyTorch's old way to say `reduction`
+        ignore_index: a class that does not count, as if its row were not there
+        reduction: "none", "mean" or "sum"
+        label_smoothing: from 0 to 1
+
+    Returns:
+        A scalar; with "none", a loss for every target.
+
+    Raises:
+        IndexError: for a target that is no class.
+        ValueError: for batch sizes that differ and unknown reductions.
+        RuntimeError: for other shapes, dtypes or values that do not go together.
+        TypeError: where an argument is of another type.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    is_index = type(ignore_index) is not bool and isinstance(ignore_index, _INT)
+    if (
+        is_index
+        and -(2**63) <= ignore_index < 2**63
+        and isinstance(label_smoothing, int | float)
+        and _ours(input, target, target if weight is None else weight)
+    ):
+        args = input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+        return _ops.cross_entropy.default(*args)
+    args = input, target, weight, None, ignore_index, None, reduction, label_smoothing
+    return _torch("cross_entropy", F.cross_entropy, *args)

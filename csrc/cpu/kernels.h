@@ -81,6 +81,22 @@ struct AdamTensor {
   float rsqrt_bias, step_size;  // 1 / sqrt(1 - beta2^step), lr / (1 - beta1^step)
 };
 
+// ---- cross-entropy -------------------------------------------------------------------------
+
+// Rows of C logits, and what each should have been: a class, or a probability for every class.
+struct CrossEntropy {
+  const float* x;              // (N, C)
+  const int64_t* target;       // (N), each ignore_index or in [0, C); or null
+  const float* probabilities;  // (N, C) where target is null
+  const float* weight;         // (C) or null
+  int64_t C, ignore_index;
+  float smoothing;
+  float weight_sum;  // of weight, or C
+  float grad_scale;
+  float* losses;  // (N) or null
+  float* grad;    // (N, C) or null
+};
+
 // ---- the table -----------------------------------------------------------------------------
 
 // One table per instruction set, one entry per kernel.
@@ -131,6 +147,16 @@ struct Kernels {
 
   // One step of Adam on elements [begin, end) of a tensor.
   void (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
+
+  // losses[n] = -sum_c g[n, c] * log p[n, c], grad[n, c] = grad_scale * d losses[n] / d x[n, c];
+  // p and g in cross_entropy.inl.h. Returns the sum of the losses of rows [begin, end), in order:
+  // the one result that depends on the part, so the caller's parts must follow the shape.
+  double (*cross_entropy)(const CrossEntropy& rows, int64_t begin, int64_t end);
+
+  // grad_x[n, c] = grad[n, c] * grad_y[n * step], and 0 where target (may be null) is ignore_index
+  void (*cross_entropy_backward)(const float* grad, const float* grad_y, int64_t step,
+                                 const int64_t* target, int64_t ignore_index, float* grad_x,
+                                 int64_t C, int64_t begin, int64_t end);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

@@ -138,5 +138,11 @@ inline void interleave(Vec& a, Vec& b) {
   b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
 
+// p[i] for i < n, the lanes of rest from there on.
+inline Vec load_or(const float* p, int64_t n, Vec rest) {
+  const __m256 here = _mm256_castsi256_ps(Vec::first(n));
+  return {_mm256_blendv_ps(rest.v, Vec::load(p, n).v, here)};
+}
+
 }  // namespace
 }  // namespace dlkernels::cpu

@@ -106,5 +106,10 @@ inline void interleave(Vec& a, Vec& b) {
   b.v = _mm512_permutex2var_ps(x, hi, b.v);
 }
 
+// p[i] for i < n, the lanes of rest from there on.
+inline Vec load_or(const float* p, int64_t n, Vec rest) {
+  return {_mm512_mask_loadu_ps(rest.v, Vec::first(n), p)};
+}
+
 }  // namespace
 }  // namespace dlkernels::cpu

@@ -101,5 +101,11 @@ inline void interleave(Vec& a, Vec& b) {
   b.v = Vec::Floats{x.v[2], y.v[2], x.v[3], y.v[3]};
 }
 
+// p[i] for i < n, the lanes of rest from there on.
+inline Vec load_or(const float* p, int64_t n, Vec rest) {
+  for (int64_t i = 0; i < n; ++i) rest.v[i] = p[i];
+  return rest;
+}
+
 }  // namespace
 }  // namespace dlkernels::cpu

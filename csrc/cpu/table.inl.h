@@ -13,6 +13,10 @@ namespace {
 #include "relu.inl.h"
 #include "max_pool2d.inl.h"
 #include "adam.inl.h"
+// clang-format off: cross_entropy needs exp
+#include "math.inl.h"
+#include "cross_entropy.inl.h"
+// clang-format on
 }  // namespace
 
 #define STRING_(x) #x
@@ -32,6 +36,8 @@ constinit const Kernels ISA = {
     .max_pool2d_backward = max_pool2d_backward,
     .max_pool2d_indices = max_pool2d_indices,
     .adam = adam,
+    .cross_entropy = cross_entropy,
+    .cross_entropy_backward = cross_entropy_backward,
 };
 
 }  // namespace dlkernels::cpu

@@ -1,0 +1,279 @@
+// cross_entropy: schema, shapes, CPU and gradient. The arithmetic is in cpu/cross_entropy.inl.h.
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_permuted.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <numeric>
+
+#include "common.h"
+#include "cross_entropy.h"
+
+namespace dlkernels {
+
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  // reduction is PyTorch's number: 0 none, 1 mean, 2 sum.
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "int ignore_index=-100, float label_smoothing=0.0) -> Tensor");
+  // The loss and its gradient, which lies with the classes last.
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
+      "int ignore_index, float label_smoothing) -> (Tensor loss, Tensor grad)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_y, Tensor grad, Tensor target, int ignore_index) "
+      "-> Tensor");
+}
+
+namespace {
+
+using namespace entropy;
+
+OpStats cross_entropy_stats("cross_entropy"),
+    cross_entropy_backward_stats("cross_entropy_backward");
+
+using Two = std::tuple<Tensor, Tensor>;
+// Of cross_entropy (one tensor) and cross_entropy_forward (two).
+template <class Result>
+using CrossEntropy = Result(const Tensor& input, const Tensor& target,
+                            const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                            double label_smoothing);
+using CrossEntropyBackward = Tensor(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                                    int64_t ignore_index);
+
+// f as the ops are called.
+template <class Result, Result (*f)(const Args&)>
+Result called(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
+              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return f({input, target, weight, reduction, ignore_index, label_smoothing});
+}
+
+// PyTorch's own, for what is not ours.
+Tensor cross_entropy_torch(const Args& a) {
+  check_smoothing(a.label_smoothing);
+  cross_entropy_stats.torch_ran();
+  return at::cross_entropy_loss(a.input, a.target, a.weight, a.reduction, a.ignore_index,
+                                a.label_smoothing);
+}
+
+// ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
+
+Tensor cross_entropy_meta(const Args& a) { return ours(a) ? new_loss(a) : cross_entropy_torch(a); }
+
+// The gradient lies with the classes last, as the kernel makes it.
+Two cross_entropy_forward_meta(const Args& a) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      ours(a), "cross_entropy_forward: input must be float32 with classes and target fit it, got ",
+      a.input.scalar_type(), " ", a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
+      a.target.sym_sizes());
+  Tensor loss = new_loss(a);
+  at::DimVector layout;
+  for (int64_t d = 0; d < a.input.dim(); ++d)
+    if (d != 1) layout.push_back(d);
+  if (a.input.dim() > 1) layout.push_back(1);
+  return {loss, at::empty_permuted_symint(a.input.sym_sizes(), layout, a.input.options())};
+}
+
+Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                                   int64_t) {
+  check_device("cross_entropy_backward", grad, grad_y);
+  check_device("cross_entropy_backward", grad, target);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(grad),
+                              "cross_entropy_backward: tensors must be dense float32, got grad_y ",
+                              grad_y.scalar_type(), " and grad ", grad.scalar_type());
+  TORCH_CHECK(grad.dim() > 0, "cross_entropy_backward: grad must be (C) or (N, C, ...), got ()");
+  const c10::SymDimVector rows = row_sizes(grad);
+  TORCH_CHECK(grad_y.dim() == 0 || grad_y.sym_sizes() == rows,
+              "cross_entropy_backward: grad_y must be () or ", c10::SymIntArrayRef(rows), ", got ",
+              grad_y.sym_sizes());
+  TORCH_CHECK(gives_probabilities(grad, target) ||
+                  (target.layout() == at::kStrided && target.sym_sizes() == rows &&
+                   (target.scalar_type() == at::kLong || target.scalar_type() == at::kByte)),
+              "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ",
+              c10::SymIntArrayRef(rows), ", got ", target.scalar_type(), " ", target.sym_sizes());
+  return at::empty_symint(grad.sym_sizes(), grad.options());
+}
+
+// ---- cpu ----------------------------------------------------------------------------------
+
+// (N, C, d1, ...) -> (N, d1, ..., C) in memory, a row of classes after the other.
+Tensor as_rows(const Tensor& x) { return (x.dim() > 2 ? x.movedim(1, -1) : x).contiguous(); }
+
+Tensor as_indices(const Tensor& target) { return target.to(at::kLong).contiguous(); }
+
+// The sum of f(begin, end) over blocks of `block` rows: they follow the shape, so that the sum does
+// not depend on the threads.
+template <class F>
+double sum_blocks(int64_t rows, int64_t block, const F& f) {
+  std::vector<double> sums(rows / block + (rows % block != 0));
+  at::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = f(i * block, std::min(rows, (i + 1) * block));
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// Rows of C classes that take about 20 us: below, a fork costs more than it saves.
+int64_t block_of(int64_t C) { return std::max<int64_t>(1, 32768 / (C + 32)); }
+
+// What a mean divides by: the targets' weights, or how many rows are not ignored. No kernel reads
+// a target before this has seen them all.
+double check_targets(const int64_t* target, int64_t rows, const float* weight, int64_t C,
+                     int64_t ignore_index) {
+  return sum_blocks(rows, 16384, [=](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = target[i];
+      if (t == ignore_index) continue;
+      TORCH_CHECK_INDEX(t >= 0 && t < C, "Target ", t, " is out of bounds.");
+      sum += weight ? weight[t] : 1;
+    }
+    return sum;
+  });
+}
+
+// Fills loss, and grad where it is defined.
+void compute(const Args& a, const Tensor& loss, const Tensor& grad) {
+  cross_entropy_stats.kernel_ran();
+  const bool probabilities = gives_probabilities(a.input, a.target);
+  const bool mean = a.reduction == at::Reduction::Mean, none = a.reduction == at::Reduction::None;
+  const Tensor x = as_rows(a.input), t = probabilities ? as_rows(a.target) : as_indices(a.target);
+  const Tensor w = a.weight ? a.weight->contiguous() : Tensor();
+  const int64_t C = x.size(-1), rows = x.numel() / C;
+  const float* weight = a.weight ? w.const_data_ptr<float>() : nullptr;
+  const int64_t* target = probabilities ? nullptr : t.const_data_ptr<int64_t>();
+  const double count = probabilities ? static_cast<double>(rows)
+                                     : check_targets(target, rows, weight, C, a.ignore_index);
+  const double weights = weight ? std::accumulate(weight, weight + C, 0.0) : static_cast<double>(C);
+  const cpu::CrossEntropy args = {
+      .x = x.const_data_ptr<float>(),
+      .target = target,
+      .probabilities = probabilities ? t.const_data_ptr<float>() : nullptr,
+      .weight = weight,
+      .C = C,
+      .ignore_index = a.ignore_index,
+      .smoothing = static_cast<float>(a.label_smoothing),
+      .weight_sum = static_cast<float>(weights),
+      .grad_scale = mean ? static_cast<float>(1 / count) : 1,
+      .losses = none ? loss.mutable_data_ptr<float>() : nullptr,
+      .grad = grad.defined() ? grad.mutable_data_ptr<float>() : nullptr};
+  const double sum = sum_blocks(rows, block_of(C), [&](int64_t begin, int64_t end) {
+    return cpu::kernels().cross_entropy(args, begin, end);
+  });
+  if (!none) *loss.mutable_data_ptr<float>() = static_cast<float>(mean ? sum / count : sum);
+}
+
+Tensor cross_entropy_cpu(const Args& a) {
+  if (!ours(a)) return cross_entropy_torch(a);
+  const Tensor loss = new_loss(a);
+  compute(a, loss, Tensor());
+  return loss;
+}
+
+Two cross_entropy_forward_cpu(const Args& a) {
+  const Two out = cross_entropy_forward_meta(a);
+  compute(a, std::get<0>(out), std::get<1>(out));
+  return out;
+}
+
+Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                                  int64_t ignore_index) {
+  Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
+  cross_entropy_backward_stats.kernel_ran();
+  if (grad.numel() == 0) return grad_x;
+  const Tensor from = as_rows(grad), gy = grad_y.contiguous();
+  const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
+  const int64_t* indices = t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
+  const float *f = from.const_data_ptr<float>(), *g = gy.const_data_ptr<float>();
+  const int64_t C = from.size(-1), step = grad_y.dim() == 0 ? 0 : 1;
+  const bool moved = grad.dim() > 2;  // PyTorch's gradient has its classes second
+  const Tensor to = moved ? at::empty(from.sizes(), from.options()) : grad_x;
+  float* out = to.mutable_data_ptr<float>();
+  at::parallel_for(0, from.numel() / C, block_of(C), [&](int64_t begin, int64_t end) {
+    cpu::kernels().cross_entropy_backward(f, g, step, indices, ignore_index, out, C, begin, end);
+  });
+  return moved ? grad_x.copy_(to.movedim(-1, 1)) : grad_x;
+}
+
+// ---- gradient -----------------------------------------------------------------------------
+
+bool is_one(const Tensor& grad_y) {
+  return grad_y.dim() == 0 && grad_y.is_cpu() && grad_y.scalar_type() == at::kFloat &&
+         !at::isTensorSubclassLike(grad_y) && *grad_y.const_data_ptr<float>() == 1;
+}
+
+struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
+                        const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing) {
+    static const auto op = find_op<CrossEntropy<Two>>("dlkernels::cross_entropy_forward");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, grad] = op.call(input, target, weight, reduction, ignore_index, label_smoothing);
+    // The logits and weights are for a gradient of the gradient alone.
+    ctx->save_for_backward({grad, target, input, weight.value_or(Tensor())});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<CrossEntropyBackward>("dlkernels::cross_entropy_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad = saved[0], &target = saved[1], &input = saved[2], &weight = saved[3];
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    variable_list out(6);  // one an argument of forward
+    if (at::GradMode::is_enabled()) {
+      const int64_t reduction = ctx->saved_data["reduction"].toInt();
+      const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+      out[0] = differentiable_backward(
+          [&](const variable_list& in) {
+            return at::cross_entropy_loss(in[0], target, weight, reduction, ignore_index,
+                                          label_smoothing);
+          },
+          {input}, grads[0])[0];
+    } else if (is_one(grads[0]) && !torch::autograd::get_current_graph_task_keep_graph()) {
+      // The gradient itself, and not a copy: this graph is freed right after and nobody else has
+      // seen it. With retain_graph it must stay as it is, whatever becomes of the one we return.
+      out[0] = grad.contiguous();
+    } else {
+      out[0] = op.call(grads[0], grad, target, ignore_index);
+    }
+    return out;
+  }
+};
+
+Tensor cross_entropy_autograd(const Args& a) {
+  // Gradients of probabilities and weights are PyTorch's affair.
+  const Tensor weight = a.weight.value_or(Tensor());
+  if (!ours(a) || any_requires_grad({&a.target, &weight})) return cross_entropy_torch(a);
+  if (any_requires_grad({&a.input}))
+    return CrossEntropyFunction::apply(a.input, a.target, a.weight, a.reduction, a.ignore_index,
+                                       a.label_smoothing);
+  static const auto op = find_op<CrossEntropy<Tensor>>("dlkernels::cross_entropy");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(a.input, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing);
+}
+
+const bool torch_paths =
+    (register_torch_path("cross_entropy", called<Tensor, cross_entropy_torch>), true);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("cross_entropy", called<Tensor, cross_entropy_cpu>);
+  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_cpu>);
+  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
+  m.impl("cross_entropy", called<Tensor, cross_entropy_meta>);
+  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_meta>);
+  m.impl("cross_entropy_backward", cross_entropy_backward_meta);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("cross_entropy", called<Tensor, cross_entropy_autograd>);
+}
+
+}  // namespace dlkernels

@@ -1,0 +1,79 @@
+// The arguments of cross_entropy, what of them is ours, and the shapes that follow from them, for
+// cross_entropy.cpp.
+#pragma once
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/empty.h>
+
+#include "common.h"
+
+namespace dlkernels::entropy {
+
+struct Args {
+  const Tensor &input, &target;
+  const optional<Tensor>& weight;
+  int64_t reduction, ignore_index;
+  double label_smoothing;
+};
+
+// PyTorch lets negative ones and NaN through; its losses mean nothing there.
+inline void check_smoothing(double label_smoothing) {
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cross_entropy: label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
+}
+
+// A target of the input's shape gives probabilities, whatever its dtype: PyTorch's rule.
+inline bool gives_probabilities(const Tensor& input, const Tensor& target) {
+  return input.sym_sizes() == target.sym_sizes();
+}
+
+inline c10::SymInt classes(const Tensor& input) { return input.sym_size(input.dim() == 1 ? 0 : 1); }
+
+// float32 logits of at least one class, and a target of a rank and dtype that fit: what PyTorch
+// accepts beyond is PyTorch's, and so are its words for what it refuses.
+inline bool ours(const Args& a) {
+  check_device("cross_entropy", a.input, a.target);
+  check_device("cross_entropy", a.input, a.weight);
+  if (!is_ours(a.input) || !is_ours(a.weight) || (a.weight && a.weight->dim() != 1)) return false;
+  if (a.input.dim() == 0 || classes(a.input) == 0) return false;
+  if (gives_probabilities(a.input, a.target)) return is_ours(a.target);
+  const bool bytes = a.input.dim() <= 2 && a.label_smoothing == 0;  // where PyTorch takes them
+  const auto dtype = a.target.scalar_type();
+  return a.target.layout() == at::kStrided && a.target.dim() == a.input.dim() - 1 &&
+         (dtype == at::kLong || (dtype == at::kByte && bytes));
+}
+
+// (N, C, d1, ...) -> (N, d1, ...), (C) -> ()
+inline c10::SymDimVector row_sizes(const Tensor& input) {
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.erase(sizes.begin() + (input.dim() == 1 ? 0 : 1));
+  return sizes;
+}
+
+// The loss of what is ours, not yet computed.
+inline Tensor new_loss(const Args& a) {
+  check_smoothing(a.label_smoothing);
+  TORCH_CHECK(a.reduction >= at::Reduction::None && a.reduction < at::Reduction::END,
+              "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ", a.reduction);
+  const auto sizes = a.input.sym_sizes(), target_sizes = a.target.sym_sizes();
+  TORCH_CHECK(!a.weight || a.weight->sym_size(0) == classes(a.input),
+              "cross_entropy: weight must be (", classes(a.input), ") (input is ", sizes, "), got ",
+              a.weight->sym_sizes());
+  const c10::SymDimVector rows = row_sizes(a.input);
+  if (gives_probabilities(a.input, a.target)) {
+    TORCH_CHECK(a.ignore_index < 0,
+                "cross_entropy: ignore_index must be negative where target gives probabilities, "
+                "got ",
+                a.ignore_index);
+  } else {
+    TORCH_CHECK_VALUE(sizes.size() == 1 || sizes[0] == target_sizes[0],
+                      "cross_entropy: target's batch size must be ", sizes[0], " (input is ", sizes,
+                      "), got ", target_sizes);
+    TORCH_CHECK(target_sizes == rows, "cross_entropy: target must be ", c10::SymIntArrayRef(rows),
+                " (input is ", sizes, "), got ", target_sizes);
+  }
+  const bool none = a.reduction == at::Reduction::None;
+  return at::empty_symint(none ? c10::SymIntArrayRef(rows) : c10::SymIntArrayRef(),
+                          a.input.options());
+}
+
+}  // namespace dlkernels::entropy

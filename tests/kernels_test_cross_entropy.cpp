@@ -1,0 +1,158 @@
+#include "kernels_test.h"
+
+using namespace dlkernels;
+using namespace dlkernels::test;
+
+namespace {
+
+constexpr int64_t kIgnored = 1000000;
+
+struct Options {
+  bool classes, weighted, losses, grad;
+  float smoothing, spread;  // spread: the logits lie in [-spread, spread)
+};
+
+// Logits with the second row ignored, and everything the kernel can be told.
+struct Case {
+  int64_t N, C;
+  Options o;
+  Buffer<float> x, probabilities, weight, losses, grad;
+  Buffer<int64_t> target;
+  cpu::CrossEntropy args;
+
+  Case(int64_t N, int64_t C, const Options& o)
+      : N(N),
+        C(C),
+        o(o),
+        x(N * C, 1),
+        probabilities(o.classes ? 0 : N * C, 2),
+        weight(o.weighted ? C : 0, 3),
+        losses(o.losses ? N : 0),
+        grad(o.grad ? N * C : 0),
+        target(o.classes ? N : 0) {
+    for (int64_t i = 0; i < N * C; ++i) x[i] *= o.spread;
+    double sum = o.weighted ? 0 : static_cast<double>(C);
+    for (int64_t c = 0; c < weight.size(); ++c) sum += weight[c] = std::fabs(weight[c]);
+    for (int64_t n = 0; n < target.size(); ++n) target[n] = n == 1 ? kIgnored : n * 7 % C;
+    args = {.x = x.data(),
+            .target = o.classes ? target.data() : nullptr,
+            .probabilities = probabilities.data(),
+            .weight = o.weighted ? weight.data() : nullptr,
+            .C = C,
+            .ignore_index = kIgnored,
+            .smoothing = o.smoothing,
+            .weight_sum = static_cast<float>(sum),
+            .grad_scale = 0.25f,
+            .losses = o.losses ? losses.data() : nullptr,
+            .grad = o.grad ? grad.data() : nullptr};
+  }
+
+  double g(int64_t n, int64_t c) {
+    if (o.classes && target[n] == kIgnored) return 0;
+    const double t = o.classes ? target[n] == c : probabilities[n * C + c];
+    return (o.weighted ? weight[c] : 1) * ((1 - o.smoothing) * t + o.smoothing / C);
+  }
+
+  // The formulas of the header in double, with the gradient compared on the way.
+  double expected_loss(int64_t n, int& wrong) {
+    double top = -INFINITY, s = 0, loss = 0, g_sum = 0, size = 0;
+    for (int64_t c = 0; c < C; ++c) top = std::fmax(top, x[n * C + c]);
+    for (int64_t c = 0; c < C; ++c) s += std::exp(x[n * C + c] - top);
+    for (int64_t c = 0; c < C; ++c) {
+      loss += g(n, c) * (std::log(s) + top - x[n * C + c]);
+      g_sum += g(n, c), size += std::fabs(g(n, c));
+    }
+    for (int64_t c = 0; c < grad.size() / N; ++c) {
+      const double p = std::exp(x[n * C + c] - top) / s;
+      const double expected = args.grad_scale * (p * g_sum - g(n, c));
+      wrong += !close(grad[n * C + c], expected, 1e-6 * size);
+    }
+    return loss;
+  }
+};
+
+int run(const cpu::Kernels& table, int64_t N, int64_t C, const Options& o) {
+  Case all(N, C, o);
+  const double sum =
+      table.cross_entropy(all.args, 0, N / 3) + table.cross_entropy(all.args, N / 3, N);
+  int wrong = 0;
+  double total = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    const double loss = all.expected_loss(n, wrong), size = C * (1 + o.spread);
+    if (o.losses) wrong += !close(all.losses[n], loss, 1e-6 * size);
+    total += loss;
+  }
+  return wrong + !close(sum, total, 1e-6 * N * C * (1 + o.spread));
+}
+
+int cross_entropy(const cpu::Kernels& table) {
+  int wrong = 0;
+  for (int64_t C : {1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 33, 64, 67, 1000, 4099})
+    for (int options = 0; options < 16; ++options) {
+      const bool classes = options & 1, weighted = options & 2, extras = options & 4;
+      const float smoothing = options & 8 ? 0.1f : 0.0f;
+      for (const float spread : {5.0f, 100.0f})
+        wrong += run(table, 5, C, {classes, weighted, extras, extras, smoothing, spread});
+    }
+  return wrong;
+}
+const Test cross_entropy_test("cross_entropy", cross_entropy);
+
+// Infinities and NaN; a class of probability 0 has gradient 0 exactly.
+int cross_entropy_extremes(const cpu::Kernels& table) {
+  int wrong = 0;
+  for (int64_t C : {3, 10, 16, 21, 70}) {
+    const Options o = {.classes = true,
+                       .weighted = false,
+                       .losses = true,
+                       .grad = true,
+                       .smoothing = 0,
+                       .spread = 5};
+    Case all(6, C, o);
+    all.target.fill(0);
+    const auto row = [&](int64_t n) { return all.x.data() + n * C; };
+    row(0)[C - 1] = -INFINITY;
+    row(1)[C - 1] = INFINITY;
+    row(2)[1] = NAN;
+    for (int64_t c = 0; c < C; ++c) row(3)[c] = -INFINITY;
+    for (int64_t c = 0; c < C; ++c) row(4)[c] = c ? -3e38f : 3e38f;
+    row(5)[C - 1] = NAN, all.target[5] = kIgnored;
+    table.cross_entropy(all.args, 0, 6);
+    wrong += !std::isfinite(all.losses[0]) || all.grad[C - 1] != 0;
+    for (int64_t n : {1, 2, 3}) {
+      wrong += !std::isnan(all.losses[n]);
+      for (int64_t c = 0; c < C; ++c) wrong += !std::isnan(all.grad[n * C + c]);
+    }
+    for (int64_t n : {4, 5}) {
+      wrong += all.losses[n] != 0;
+      for (int64_t c = 0; c < C; ++c) wrong += all.grad[n * C + c] != 0;
+    }
+  }
+  return wrong;
+}
+const Test cross_entropy_extremes_test("cross_entropy_extremes", cross_entropy_extremes);
+
+int cross_entropy_backward(const cpu::Kernels& table) {
+  int wrong = 0;
+  for (int64_t C : {1, 3, 16, 17, 70})
+    for (const int64_t step : {0, 1})
+      for (const float first : {0.5f, INFINITY}) {
+        const int64_t N = 5;
+        Buffer<float> grad(N * C, 1), grad_y(step ? N : 1, 2), grad_x(N * C);
+        Buffer<int64_t> target(N);
+        target.fill(0);
+        target[3] = kIgnored;
+        for (int64_t c = 0; c < C; ++c) grad[3 * C + c] = 0;
+        grad_y[0] = first;
+        table.cross_entropy_backward(grad.data(), grad_y.data(), step, target.data(), kIgnored,
+                                     grad_x.data(), C, 0, 2);
+        table.cross_entropy_backward(grad.data(), grad_y.data(), step, target.data(), kIgnored,
+                                     grad_x.data(), C, 2, N);
+        for (int64_t i = 0; i < N * C; ++i)
+          wrong += grad_x[i] != (i / C == 3 ? 0.0f : grad[i] * grad_y[i / C * step]);
+      }
+  return wrong;
+}
+const Test cross_entropy_backward_test("cross_entropy_backward", cross_entropy_backward);
+
+}  // namespace

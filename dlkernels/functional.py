@@ -269,9 +269,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    is_index = type(ignore_index) is not bool and isinstance(ignore_index, _INT)
     if (
-        is_index
+        type(ignore_index) in _INT
         and -(2**63) <= ignore_index < 2**63
         and isinstance(label_smoothing, int | float)
         and _ours(input, target, target if weight is None else weight)

@@ -6,21 +6,6 @@
 //
 // All of a row is done while it is in cache: grad holds the exponentials in between.
 
-// n elements, with a plain load where that is a whole vector.
-static inline Vec load_lanes(const float* p, int64_t n) {
-  return n == Vec::kWidth ? Vec::load(p) : Vec::load(p, n);
-}
-static inline void store_lanes(Vec v, float* p, int64_t n) {
-  n == Vec::kWidth ? v.store(p) : v.store(p, n);
-}
-
-template <class F>
-static inline void each_vector(int64_t begin, int64_t end, const F& f) {
-  int64_t c = begin;
-  for (; c + Vec::kWidth <= end; c += Vec::kWidth) f(c, Vec::kWidth);
-  if (c < end) f(c, end - c);
-}
-
 // The sum of f(c, lanes), whose lanes that are not there must be 0. In blocks, so that rounding
 // errors do not pile up along a row of many classes.
 template <class F>
@@ -57,7 +42,7 @@ static float exp_sum(const float* x, float top, float* e, int64_t C) {
   return row_sum(C, [&](int64_t c, int64_t n) {
     const Vec v = n == Vec::kWidth ? Vec::load(x + c) : load_or(x + c, n, none);
     const Vec ec = exp(v - Vec::fill(top));
-    if constexpr (kKeep) store_lanes(ec, e + c, n);
+    if constexpr (kKeep) store(ec, e + c, n);
     return ec;
   });
 }
@@ -69,16 +54,16 @@ struct Spread {
 
   Vec at(int64_t c, int64_t n) const {
     Vec g = Vec::fill(even);
-    if (probabilities) g = fma(Vec::fill(keep), load_lanes(probabilities + c, n), g);
-    return weight ? g * load_lanes(weight + c, n) : g;
+    if (probabilities) g = fma(Vec::fill(keep), load(probabilities + c, n), g);
+    return weight ? g * load(weight + c, n) : g;
   }
   // sum_c g[c], smoothing apart: at() is not 0 in lanes that are not there.
   double sum(int64_t C) const {
     const double smooth = static_cast<double>(even) * weight_sum;
     if (!probabilities) return smooth;
     const float rest = row_sum(C, [&](int64_t c, int64_t n) {
-      const Vec p = load_lanes(probabilities + c, n);
-      return weight ? p * load_lanes(weight + c, n) : p;
+      const Vec p = load(probabilities + c, n);
+      return weight ? p * load(weight + c, n) : p;
     });
     return smooth + static_cast<double>(keep) * rest;
   }
@@ -92,16 +77,12 @@ struct Spread {
   }
 };
 
-static void zero(float* p, int64_t size) {
-  each_vector(0, size, [&](int64_t c, int64_t n) { store_lanes(Vec::zero(), p + c, n); });
-}
-
 static double cross_entropy_row(const CrossEntropy& a, int64_t row) {
   const int64_t C = a.C, t = a.target ? a.target[row] : -1;
   const float* x = a.x + row * C;
   float* grad = a.grad ? a.grad + row * C : nullptr;
   if (a.target && t == a.ignore_index) {
-    if (grad) zero(grad, C);
+    if (grad) store_zeros(grad, C);
     return 0;
   }
   const float top = row_max(x, C);
@@ -129,9 +110,9 @@ static double cross_entropy_row(const CrossEntropy& a, int64_t row) {
   const Vec scale = Vec::fill(a.grad_scale);
   const Vec to_p = Vec::fill(static_cast<float>(a.grad_scale * g_sum / s));
   each_vector(0, C, [&](int64_t c, int64_t n) {
-    Vec v = load_lanes(grad + c, n) * to_p;
+    Vec v = load(grad + c, n) * to_p;
     if (is_spread) v = v - scale * spread.at(c, n);
-    store_lanes(v, grad + c, n);
+    store(v, grad + c, n);
   });
   if (a.target) grad[t] -= a.grad_scale * g_t;
   return loss;
@@ -152,14 +133,14 @@ static void cross_entropy_backward(const float* grad, const float* grad_y, int64
                                    int64_t C, int64_t begin, int64_t end) {
   const auto scale = [&](int64_t from, int64_t to, float factor) {
     each_vector(from, to, [&](int64_t i, int64_t n) {
-      store_lanes(Vec::fill(factor) * load_lanes(grad + i, n), grad_x + i, n);
+      store(Vec::fill(factor) * load(grad + i, n), grad_x + i, n);
     });
   };
   // An ignored row's gradient of 0 stays 0 under any finite factor.
   if (step == 0 && *grad_y - *grad_y == 0) return scale(begin * C, end * C, *grad_y);
   for (int64_t row = begin; row < end; ++row)
     if (target && target[row] == ignore_index)
-      zero(grad_x + row * C, C);
+      store_zeros(grad_x + row * C, C);
     else
       scale(row * C, row * C + C, grad_y[row * step]);
 }

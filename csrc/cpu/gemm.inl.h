@@ -39,20 +39,19 @@ static void gemm_tile(const float* a, const float* b, int64_t depth, const GemmO
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t n0 = n + v * Vec::kWidth, lanes = least(cols - v * Vec::kWidth, Vec::kWidth);
-    const bool whole = lanes == Vec::kWidth;
     Vec col_bias = Vec::zero();
     if (step.last && out.col_bias) col_bias = Vec::load(out.col_bias + n0, lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       float* c = out.c + (m + r) * out.row + n0;
       Vec z = acc[r][v];
-      if (!step.first || out.accumulate) z = z + (whole ? Vec::load(c) : Vec::load(c, lanes));
+      if (!step.first || out.accumulate) z = z + load(c, lanes);
       if (step.last) {
         if (out.row_bias) z = z + Vec::fill(out.row_bias[m + r]);
         z = z + col_bias;
         if (out.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
       }
-      whole ? z.store(c) : z.store(c, lanes);
+      store(z, c, lanes);
     }
   }
 }
@@ -123,10 +122,9 @@ static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& 
 
 static void sum_rows(const float* x, int64_t rows, int64_t n, float* y, int64_t begin,
                      int64_t end) {
-  for (int64_t i = begin; i < end; i += Vec::kWidth) {
-    const int64_t lanes = least(end - i, Vec::kWidth);
+  each_vector(begin, end, [&](int64_t i, int64_t lanes) {
     Vec total = Vec::zero();
-    for (int64_t r = 0; r < rows; ++r) total = total + Vec::load(x + r * n + i, lanes);
-    total.store(y + i, lanes);
-  }
+    for (int64_t r = 0; r < rows; ++r) total = total + load(x + r * n + i, lanes);
+    store(total, y + i, lanes);
+  });
 }

@@ -2,8 +2,6 @@
 // where that max is (a byte an output), and the gradient. Lanes are channels, or in a plane
 // neighbouring windows: the same body, with another load.
 
-static void store(Vec v, float* to, int64_t n) { n == Vec::kWidth ? v.store(to) : v.store(to, n); }
-
 // The elements [begin, end) of a window along one axis that lie inside the input, given the
 // position of element 0.
 struct Inside {
@@ -70,9 +68,6 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
                       int64_t end) {
   const int64_t stride = p.w.stride;
   const Inside whole = whole_windows(p.w);
-  const auto load = [](const float* from, int64_t n) {
-    return n == Vec::kWidth ? Vec::load(from) : Vec::load(from, n);
-  };
   const auto load_any = [=](const float* from, int64_t n) {
     float lanes[Vec::kWidth];
     for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
@@ -123,10 +118,6 @@ struct Places {
   }
 };
 
-static void store_zeros(float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = 0;
-}
-
 // Rows [h0, h1) of an image where windows overlap or have holes: zeros, then windows add up in
 // PyTorch's order. An address comes from a byte only after it is checked.
 static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad_x, const Pool& p,
@@ -166,8 +157,7 @@ static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad
 
 // Lanes of grad_y whose argmax is k, others 0.
 static Vec chosen(const float* grad_y, const uint8_t* argmax, int64_t k, int64_t n) {
-  const Vec grad = n == Vec::kWidth ? Vec::load(grad_y) : Vec::load(grad_y, n);
-  return select(Vec::load_bytes(argmax, n) == Vec::fill(k), grad, Vec::zero());
+  return select(Vec::load_bytes(argmax, n) == Vec::fill(k), load(grad_y, n), Vec::zero());
 }
 
 // A row of grad_x where windows do not overlap, from the one row of windows that covers it, of

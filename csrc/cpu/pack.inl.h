@@ -1,8 +1,6 @@
 // Panels for the GEMM: W rows of an operand side by side, panel[k * W + i] = operand(i, k), zeros
 // for rows that are not there. What an operand has to know is only how to pack itself.
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Elements read through the gradient of a ReLU: 0 where relu_y <= 0 (so a NaN in y lets it pass).
 struct Source {
   const float* x;
@@ -10,11 +8,8 @@ struct Source {
 
   float at(int64_t i) const { return relu_y && relu_y[i] <= 0 ? 0.0f : x[i]; }
   Vec at(int64_t i, int64_t n) const {
-    const bool whole = n == Vec::kWidth;
-    const Vec v = whole ? Vec::load(x + i) : Vec::load(x + i, n);
-    if (!relu_y) return v;
-    const Vec y = whole ? Vec::load(relu_y + i) : Vec::load(relu_y + i, n);
-    return select(y <= Vec::zero(), Vec::zero(), v);
+    const Vec v = load(x + i, n);
+    return relu_y ? select(load(relu_y + i, n) <= Vec::zero(), Vec::zero(), v) : v;
   }
 };
 
@@ -37,10 +32,9 @@ static void pack_rows(const Source& s, const int64_t* offset, int64_t rows, int6
       float* p = panel + k * W + i0;
       if (n == V) {
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < V; ++j)
-          lanes == V ? r[j].store(p + j * W) : r[j].store(p + j * W, lanes);
+        for (int64_t j = 0; j < V; ++j) store(r[j], p + j * W, lanes);
       } else {
-        for (int64_t j = 0; j < n; ++j) r[j].store(p + j * W, lanes);
+        for (int64_t j = 0; j < n; ++j) store(r[j], p + j * W, lanes);
       }
     }
   }
@@ -51,10 +45,7 @@ static void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, 
   for (int64_t i = 0; i < lanes; i += Vec::kWidth) {
     const int64_t have = i < n ? least(n - i, Vec::kWidth) : 0;
     const Vec v = have ? s.at(offset + i, have) : Vec::zero();
-    if (lanes - i >= Vec::kWidth)
-      v.store(row + i);
-    else
-      v.store(row + i, lanes - i);
+    store(v, row + i, least(lanes - i, Vec::kWidth));
   }
 }
 

@@ -5,18 +5,17 @@
 
 namespace dlkernels::cpu {
 namespace {
-// clang-format off: gemm is built on pack, and the ops on both
-#include "pack.inl.h"
-#include "gemm.inl.h"
-// clang-format on
-#include "conv2d.inl.h"
-#include "relu.inl.h"
-#include "max_pool2d.inl.h"
-#include "adam.inl.h"
-// clang-format off: cross_entropy needs exp
+#include "lanes.inl.h"
 #include "math.inl.h"
+#include "pack.inl.h"
+
+#include "gemm.inl.h"
+
+#include "adam.inl.h"
+#include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
-// clang-format on
+#include "max_pool2d.inl.h"
+#include "relu.inl.h"
 }  // namespace
 
 #define STRING_(x) #x

@@ -1,0 +1,23 @@
+// Rows of any length in vectors: what every kernel body shares.
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// n <= Vec::kWidth elements, with a plain load or store where that is a whole vector.
+static inline Vec load(const float* p, int64_t n) {
+  return n == Vec::kWidth ? Vec::load(p) : Vec::load(p, n);
+}
+static inline void store(Vec v, float* p, int64_t n) {
+  n == Vec::kWidth ? v.store(p) : v.store(p, n);
+}
+
+// f(i, n) for vectors of n elements from i, all of them whole but the last.
+template <class F>
+static inline void each_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + Vec::kWidth <= end; i += Vec::kWidth) f(i, Vec::kWidth);
+  if (i < end) f(i, end - i);
+}
+
+static void store_zeros(float* to, int64_t size) {
+  each_vector(0, size, [&](int64_t i, int64_t n) { store(Vec::zero(), to + i, n); });
+}

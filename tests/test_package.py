@@ -215,3 +215,12 @@ assert count() - before == threads - 1, (before, count())
 """
     for threads in ("1", "2", "3"):
         python("-c", program, threads)
+
+
+def test_the_example_in_the_readme(python):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    done = python(example + "\nimport json; print(json.dumps(dlkernels.stats()))")
+    stats = json.loads(done.stdout.splitlines()[-1])
+    ran = {op for op, count in stats.items() if count["kernel"]}
+    assert ran >= {"linear", "linear_relu", "linear_backward", "cross_entropy", "adam_"}
+    assert not any(count["torch"] for count in stats.values())

@@ -25,6 +25,7 @@ BAD = {
     "class of a map": lambda x, t: ((x.view(2, 3, 2), t.view(2, 2) + 3), {}),
     "class of none": lambda x, t: ((x[:, :0], t), {}),
     "weight size": lambda x, t: ((x, t, torch.rand(4)), {}),
+    "batch and weight size": lambda x, t: ((x, t[:3], torch.rand(4)), {}),
     "weight rank": lambda x, t: ((x, t, torch.rand(3, 1)), {}),
     "weight size, probabilities": lambda x, t: ((x, x, torch.rand(4)), {}),
     "weight dtype": lambda x, t: ((x, t, torch.rand(3).double()), {}),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import check
+from common import calls, check
 
 PAIRS = {
     "linear": (ours.linear, F.linear),
@@ -65,3 +65,13 @@ def test_compile(op):
     compiled = torch.compile(f, fullgraph=True, dynamic=True)
     for args in list(samples())[:6]:
         check(compiled, g, args, forward=[op], backward=["linear_backward"], grad_strides=False)
+
+
+@op
+def test_bias_that_broadcasts_is_pytorchs(op):
+    f, g = PAIRS[op]
+    args = torch.randn(2, 5), torch.randn(3, 5), torch.randn(1)
+    with calls(torchs=[op]):
+        torch.testing.assert_close(f(*args), g(*args))
+    with pytest.raises(RuntimeError):
+        f(args[0], args[1], torch.randn(2))

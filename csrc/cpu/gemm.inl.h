@@ -69,12 +69,17 @@ static void gemm_tile(int64_t rows, const float* a, const float* b, int64_t dept
 }
 static_assert(kTileVecs == 2);
 
-// row_sums[m] from A's packed panel, which is still in cache.
+// row_sums[m] from A's packed panel, which is still in cache: sums of 16 first, for their error.
 static void sum_panel(const float* panel, int64_t rows, int64_t depth, float* sums, bool add) {
   for (int64_t i = 0; i < rows; i += Vec::kWidth) {
     const int64_t lanes = least(rows - i, Vec::kWidth);
     Vec total = Vec::zero();
-    for (int64_t k = 0; k < depth; ++k) total = total + Vec::load(panel + k * kTileRows + i, lanes);
+    for (int64_t k = 0; k < depth;) {
+      Vec part = Vec::zero();
+      for (const int64_t end = least(depth, k + 16); k < end; ++k)
+        part = part + Vec::load(panel + k * kTileRows + i, lanes);
+      total = total + part;
+    }
     if (add) total = total + Vec::load(sums + i, lanes);
     total.store(sums + i, lanes);
   }

@@ -87,8 +87,8 @@ void check(const Adam& a) {
       if (scalars) {
         check_scalar(a, name, t);
       } else {
-        TORCH_CHECK(t.defined() && t.layout() == at::kStrided, "adam_: ", name, "[", i,
-                    "] must be dense, got ", t.defined() ? t.toString() : "undefined");
+        TORCH_CHECK(t.defined() && t.layout() == at::kStrided && !t.is_nested(), "adam_: ", name,
+                    "[", i, "] must be dense, got ", t.defined() ? t.toString() : "undefined");
         check_device("adam_", a.params[0], t);
         TORCH_CHECK(t.sym_sizes() == param.sym_sizes(), "adam_: ", name, "[", i, "] must be ",
                     param.sym_sizes(), " as params[", i, "] is, got ", t.sym_sizes());

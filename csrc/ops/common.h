@@ -52,7 +52,7 @@ class OpStats {
 // Dense float32 on the CPU, or on meta, where only shapes are worked out. A tensor with a
 // forward-mode tangent goes to PyTorch's own op, which can push it forward.
 inline bool is_ours(const Tensor& t) {
-  return t.scalar_type() == at::kFloat && t.layout() == at::kStrided &&
+  return t.scalar_type() == at::kFloat && t.layout() == at::kStrided && !t.is_nested() &&
          (t.device().is_cpu() || t.device().is_meta()) && !t._fw_grad(/*level=*/0).defined();
 }
 inline bool is_ours(const optional<Tensor>& t) { return !t || is_ours(*t); }
@@ -124,25 +124,32 @@ inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
-// Gradients that can be differentiated again (create_graph=True): PyTorch's own op, computed anew
-// from the saved inputs and differentiated by PyTorch. One slot an input; undefined where an input
-// is undefined or needs no gradient.
+// Whether a backward pass is differentiated in turn: by autograd (create_graph=True), or forward,
+// along a tangent of grad_y.
+inline bool is_differentiated(const Tensor& grad_y) {
+  return at::GradMode::is_enabled() || grad_y._fw_grad(/*level=*/0).defined();
+}
+
+// Gradients that can be differentiated again: PyTorch's own op, computed anew from the saved inputs
+// and differentiated by PyTorch. One slot an input; undefined where an input needs no gradient.
 template <class Forward>
 variable_list differentiable_backward(const Forward& forward, variable_list inputs,
                                       const Tensor& grad_y) {
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode with_graph(true);
   variable_list wanted;
   for (Tensor& x : inputs) {
-    if (!x.defined()) continue;
     x = x.view_as(x);  // the same tensor may stand in two slots: each gets its own gradient
     if (x.requires_grad()) wanted.push_back(x);
   }
+  variable_list out(inputs.size());
+  if (wanted.empty()) return out;
   const variable_list grads =
       torch::autograd::grad({forward(inputs)}, wanted, {grad_y}, /*retain_graph=*/std::nullopt,
-                            /*create_graph=*/true, /*allow_unused=*/true);
-  variable_list out;
+                            create_graph, /*allow_unused=*/true);
   auto next = grads.begin();
-  for (const Tensor& x : inputs)
-    out.push_back(x.defined() && x.requires_grad() ? *next++ : Tensor());
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (inputs[i].requires_grad()) out[i] = *next++;
   return out;
 }
 

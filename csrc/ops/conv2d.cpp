@@ -3,6 +3,8 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/threshold_backward.h>
 
 #include "common.h"
 #include "conv2d.h"
@@ -261,34 +263,36 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
     static const auto op = find_op<Conv2d>(kRelu ? "dlkernels::conv2d_relu" : "dlkernels::conv2d");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor y = op.call(input, weight, bias, stride, padding, dilation, groups);
-    ctx->save_for_backward({input, weight, bias.value_or(Tensor()), kRelu ? y : Tensor()});
+    ctx->save_for_backward({input, weight, kRelu ? y : Tensor()});
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["groups"] = groups;
+    ctx->saved_data["bias"] = bias.has_value();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<Conv2dBackward>("dlkernels::conv2d_backward");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &y = saved[3];
+    const Tensor &input = saved[0], &weight = saved[1], &y = saved[2];
     const auto stride = ctx->saved_data["stride"].toSymIntVector();
     const auto padding = ctx->saved_data["padding"].toSymIntVector();
     const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
     const auto groups = ctx->saved_data["groups"].toSymInt();
-    if (at::GradMode::is_enabled()) {
+    // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
+    const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
+    if (is_differentiated(grads[0])) {
+      const Tensor g = kRelu ? at::threshold_backward(grads[0], y, 0) : grads[0];
       auto out = differentiable_backward(
           [&](const variable_list& in) {
-            const Tensor z = by_torch(in[0], in[1], in[2], stride, padding, dilation, groups);
-            return kRelu ? at::relu(z) : z;
+            return by_torch(in[0], in[1], {}, stride, padding, dilation, groups);
           },
-          {input, weight, bias}, grads[0]);
+          {input, weight}, g);
       out.resize(7);
+      if (grad_bias) out[2] = batched(g).sum({0, 2, 3});
       return out;
     }
-    // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
-    const bool grad_bias = bias.defined() && ctx->needs_input_grad(2);
     auto [gx, gw, gb] = op.call(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt,
                                 stride, padding, dilation, groups,
                                 {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});

@@ -201,7 +201,8 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, cons
 
 bool is_one(const Tensor& grad_y) {
   return grad_y.dim() == 0 && grad_y.is_cpu() && grad_y.scalar_type() == at::kFloat &&
-         !at::isTensorSubclassLike(grad_y) && *grad_y.const_data_ptr<float>() == 1;
+         !at::isTensorSubclassLike(grad_y) && !grad_y.is_neg() && !grad_y._is_zerotensor() &&
+         *grad_y.const_data_ptr<float>() == 1;
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -225,7 +226,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const Tensor &grad = saved[0], &target = saved[1], &input = saved[2], &weight = saved[3];
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     variable_list out(6);  // one an argument of forward
-    if (at::GradMode::is_enabled()) {
+    if (is_differentiated(grads[0])) {
       const int64_t reduction = ctx->saved_data["reduction"].toInt();
       const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
       out[0] = differentiable_backward(

@@ -55,9 +55,6 @@ inline Tensor new_loss(const Args& a) {
   TORCH_CHECK(a.reduction >= at::Reduction::None && a.reduction < at::Reduction::END,
               "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ", a.reduction);
   const auto sizes = a.input.sym_sizes(), target_sizes = a.target.sym_sizes();
-  TORCH_CHECK(!a.weight || a.weight->sym_size(0) == classes(a.input),
-              "cross_entropy: weight must be (", classes(a.input), ") (input is ", sizes, "), got ",
-              a.weight->sym_sizes());
   const c10::SymDimVector rows = row_sizes(a.input);
   if (gives_probabilities(a.input, a.target)) {
     TORCH_CHECK(a.ignore_index < 0,
@@ -71,6 +68,9 @@ inline Tensor new_loss(const Args& a) {
     TORCH_CHECK(target_sizes == rows, "cross_entropy: target must be ", c10::SymIntArrayRef(rows),
                 " (input is ", sizes, "), got ", target_sizes);
   }
+  TORCH_CHECK(!a.weight || a.weight->sym_size(0) == classes(a.input),
+              "cross_entropy: weight must be (", classes(a.input), ") (input is ", sizes, "), got ",
+              a.weight->sym_sizes());
   const bool none = a.reduction == at::Reduction::None;
   return at::empty_symint(none ? c10::SymIntArrayRef(rows) : c10::SymIntArrayRef(),
                           a.input.options());

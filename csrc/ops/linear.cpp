@@ -1,7 +1,11 @@
 // linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/threshold_backward.h>
 
 #include "common.h"
 
@@ -10,9 +14,10 @@ namespace dlkernels {
 TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
-  // y is linear_relu's output, absent for linear. Gradients nobody asked for come back undefined.
+  // input is only needed for weight's gradient and weight for input's; y is linear_relu's output,
+  // absent for linear. Gradients nobody asked for come back undefined.
   m.def(
-      "linear_backward(Tensor grad_y, Tensor input, Tensor weight, Tensor? y, "
+      "linear_backward(Tensor grad_y, Tensor? input, Tensor? weight, Tensor? y, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
@@ -26,8 +31,9 @@ constexpr const char* kName = kRelu ? "linear_relu" : "linear";
 
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Linear = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
-using LinearBackward = Grads(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
-                             const optional<Tensor>& y, std::array<bool, 3> mask);
+using LinearBackward = Grads(const Tensor& grad_y, const optional<Tensor>& input,
+                             const optional<Tensor>& weight, const optional<Tensor>& y,
+                             std::array<bool, 3> mask);
 
 // PyTorch's own, for what is not ours.
 template <bool kRelu>
@@ -44,7 +50,8 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
   check_device(kName<kRelu>, input, weight);
   check_device(kName<kRelu>, input, bias);
   return is_ours(input) && is_ours(weight) && is_ours(bias) && input.dim() >= 1 &&
-         weight.dim() == 2 && (!bias || bias->dim() == 1);
+         weight.dim() == 2 &&
+         (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1)));
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
@@ -66,26 +73,32 @@ Tensor linear_meta(const Tensor& input, const Tensor& weight, const optional<Ten
   return at::empty_symint(sizes, input.options());
 }
 
-Grads linear_backward_meta(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
-                           const optional<Tensor>& y, std::array<bool, 3> mask) {
-  check_device("linear_backward", input, grad_y);
-  check_device("linear_backward", input, weight);
-  check_device("linear_backward", input, y);
-  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
-  TORCH_CHECK(weight.dim() == 2 && !sizes.empty() && sizes.back() == weight.sym_size(1),
-              "linear_backward: input must be (..., K) and weight (N, K), got input ",
-              input.sym_sizes(), " and weight ", weight.sym_sizes());
-  sizes.back() = weight.sym_size(0);
-  TORCH_CHECK(grad_y.sym_sizes() == sizes && (!y || y->sym_sizes() == sizes),
-              "linear_backward: grad_y and y must be ", c10::SymIntArrayRef(sizes), ", got grad_y ",
-              grad_y.sym_sizes(), y ? " and y " : "", y ? y->sym_sizes() : c10::SymIntArrayRef());
-  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(input) && is_ours(weight) && is_ours(y),
-                              "linear_backward: tensors must be dense float32, got grad_y ",
-                              grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ",
-                              weight.scalar_type());
-  return {mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
-          mask[1] ? at::empty_symint(weight.sym_sizes(), input.options()) : Tensor(),
-          mask[2] ? at::empty_symint({weight.sym_size(0)}, input.options()) : Tensor()};
+Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
+                           const optional<Tensor>& weight, const optional<Tensor>& y,
+                           std::array<bool, 3> mask) {
+  TORCH_CHECK(grad_y.dim() >= 1, "linear_backward: grad_y must be (..., N), got ()");
+  TORCH_CHECK((!mask[0] || weight) && (!mask[1] || input),
+              "linear_backward: a gradient of input needs weight, one of weight needs input");
+  for (const auto& x : {input, weight, y}) {
+    check_device("linear_backward", grad_y, x);
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(x),
+                                "linear_backward: tensors must be dense float32, got grad_y ",
+                                grad_y.scalar_type(), " and ", x ? x->scalar_type() : at::kFloat);
+  }
+  c10::SymDimVector sizes(grad_y.sym_sizes().begin(), grad_y.sym_sizes().end());
+  const c10::SymInt N = sizes.back();
+  TORCH_CHECK(!y || y->sym_sizes() == grad_y.sym_sizes(), "linear_backward: y must be ",
+              grad_y.sym_sizes(), " as grad_y is, got ", y->sym_sizes());
+  TORCH_CHECK(!weight || (weight->dim() == 2 && weight->sym_size(0) == N),
+              "linear_backward: weight must be (", N, ", K) (grad_y is ", grad_y.sym_sizes(),
+              "), got ", weight->sym_sizes());
+  if (weight) sizes.back() = weight->sym_size(1);
+  if (input && !weight && input->dim() >= 1) sizes.back() = input->sym_size(-1);
+  TORCH_CHECK(!input || input->sym_sizes() == sizes, "linear_backward: input must be ",
+              c10::SymIntArrayRef(sizes), ", got ", input->sym_sizes());
+  return {mask[0] ? at::empty_symint(sizes, grad_y.options()) : Tensor(),
+          mask[1] ? at::empty_symint({N, sizes.back()}, grad_y.options()) : Tensor(),
+          mask[2] ? at::empty_symint({N}, grad_y.options()) : Tensor()};
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
@@ -119,35 +132,37 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   return y;
 }
 
-Grads linear_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
-                          const optional<Tensor>& y, std::array<bool, 3> mask) {
+Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
+                          const optional<Tensor>& weight, const optional<Tensor>& y,
+                          std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
-  if (weight.size(0) == 0) {  // no sum has a term
+  if (grad_y.size(-1) == 0) {  // no sum has a term
     if (grad_x.defined()) grad_x.zero_();
     return {grad_x, grad_weight, grad_bias};
   }
-  const Tensor x = as_matrix(input);
   // The mask y > 0 is read together with grad_y, so the two must lie alike.
   const Tensor yc = y ? y->contiguous() : Tensor();
   const Tensor gy = as_matrix(y ? grad_y.contiguous() : grad_y);
   const cpu::Matrix g = matrix(gy, y ? yc.const_data_ptr<float>() : nullptr);
   const cpu::Matrix g_t = {g.data, g.col, g.row, g.relu_y};
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  const int64_t M = gy.size(0), N = gy.size(1);
   if (mask[0]) {
+    const int64_t K = weight->size(1);
     const cpu::GemmOutput out = {.c = grad_x.mutable_data_ptr<float>(), .row = K};
     parallel_gemm(M, K, N, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g, matrix(weight.t()), N, out, part, scratch);
+      cpu::kernels().gemm(g, matrix(weight->t()), N, out, part, scratch);
     });
   }
   if (mask[1] || mask[2]) {  // the bias gradient is the row sums of the same packed operand
-    const int64_t columns = mask[1] ? K : 0;
+    const Tensor x_t = mask[1] ? as_matrix(*input).t() : Tensor();
+    const int64_t K = mask[1] ? x_t.size(0) : 0;
     const cpu::GemmOutput out = {
         .c = mask[1] ? grad_weight.mutable_data_ptr<float>() : nullptr,
         .row = K,
         .row_sums = mask[2] ? grad_bias.mutable_data_ptr<float>() : nullptr};
-    parallel_gemm(N, columns, M, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g_t, matrix(x.t()), M, out, part, scratch);
+    parallel_gemm(N, K, M, [&](const cpu::GemmPart& part, float* scratch) {
+      cpu::kernels().gemm(g_t, mask[1] ? matrix(x_t) : cpu::Matrix{}, M, out, part, scratch);
     });
   }
   return {grad_x, grad_weight, grad_bias};
@@ -162,26 +177,29 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
     static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor y = op.call(input, weight, bias);
-    ctx->save_for_backward({input, weight, bias.value_or(Tensor()), kRelu ? y : Tensor()});
+    // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
+    ctx->save_for_backward({weight.requires_grad() ? input : Tensor(),
+                            input.requires_grad() ? weight : Tensor(), kRelu ? y : Tensor()});
+    ctx->saved_data["bias"] = bias.has_value();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<LinearBackward>("dlkernels::linear_backward");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &y = saved[3];
-    if (at::GradMode::is_enabled()) {
-      return differentiable_backward(
-          [](const variable_list& in) {
-            const Tensor z = at::linear(in[0], in[1], in[2]);
-            return kRelu ? at::relu(z) : z;
-          },
-          {input, weight, bias}, grads[0]);
-    }
+    const Tensor &input = saved[0], &weight = saved[1], &y = saved[2];
     // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
-    const bool grad_bias = bias.defined() && ctx->needs_input_grad(2);
-    auto [gx, gw, gb] = op.call(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt,
-                                {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
+    const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      grad_bias};
+    if (is_differentiated(grads[0])) {
+      const Tensor g = kRelu ? at::threshold_backward(grads[0], y, 0) : grads[0];
+      return {mask[0] ? at::matmul(g, weight) : Tensor(),
+              mask[1] ? at::mm(as_matrix(g).t(), as_matrix(input)) : Tensor(),
+              mask[2] ? as_matrix(g).sum(0) : Tensor()};
+    }
+    const auto some = [](const Tensor& x) { return x.defined() ? optional(x) : std::nullopt; };
+    auto [gx, gw, gb] = op.call(grads[0], some(input), some(weight), some(y), mask);
     return {gx, gw, gb};
   }
 };

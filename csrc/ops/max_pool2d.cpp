@@ -229,7 +229,7 @@ struct MaxPool2dFunction : torch::autograd::Function<MaxPool2dFunction> {
     const auto window = ctx->saved_data["window"].toIntVector();
     const bool ceil_mode = ctx->saved_data["ceil_mode"].toBool();
     if (!grad_y.defined()) return {Tensor(), Tensor(), Tensor()};
-    if (!at::GradMode::is_enabled())
+    if (!is_differentiated(grad_y))
       return {op.call(grad_y, argmax, input_size, window, ceil_mode), Tensor(), Tensor()};
     // Differentiable in grad_y: PyTorch's scatter to the indices. -1 is nowhere.
     const Tensor indices = indices_op.call(argmax, input_size, window, ceil_mode).flatten(-2);

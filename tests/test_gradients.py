@@ -1,0 +1,130 @@
+"""What a backward pass keeps, and which gradients it takes: as PyTorch's, for every op."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+
+import dlkernels.functional as ours
+from common import calls
+
+TARGET = torch.tensor([0, 2, 4, 1])
+OPS = {
+    "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 5), (3, 5)),
+    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, padding=1), (2, 2, 5, 5), (3, 2, 3, 3)),
+    "relu": (lambda f, x, w, b: f.relu(x), (4, 5), (1,)),
+    "max_pool2d": (lambda f, x, w, b: f.max_pool2d(x, 2), (2, 2, 6, 6), (1,)),
+    "cross_entropy": (lambda f, x, w, b: f.cross_entropy(x, TARGET), (4, 5), (1,)),
+}
+every = pytest.mark.parametrize("op", OPS)
+
+
+def both(op, gradient_of):
+    """gradient_of(y, x, seed) of our op and of PyTorch's."""
+    f, *shapes = OPS[op]
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in (*shapes, (3,)))
+    grad_y = torch.randn_like(f(F, x, w, b))
+    return [gradient_of(f(module, x, w, b), x, grad_y) for module in (ours, F)]
+
+
+@every
+def test_negative_views_as_gradients(op):
+    def gradient(y, x, grad_y):
+        return torch.autograd.grad(y, x, torch._neg_view(torch.ones_like(grad_y)))[0]
+
+    torch.testing.assert_close(*both(op, gradient))
+
+
+@every
+def test_gradients_without_memory(op):
+    def gradient(y, x, grad_y):
+        return torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))[0]
+
+    torch.testing.assert_close(*both(op, gradient))
+
+
+@every
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_with_a_tangent(op, create_graph):
+    def gradient(y, x, grad_y):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(grad_y, grad_y * 2)
+            (grad_x,) = torch.autograd.grad(y, x, dual, create_graph=create_graph)
+            assert create_graph or not grad_x.requires_grad
+            return tuple(forward_ad.unpack_dual(grad_x))
+
+    torch.testing.assert_close(*both(op, gradient))
+
+
+@every
+def test_batched_gradients(op):
+    def gradient(y, x, grad_y):
+        batch = torch.stack([grad_y, grad_y * 2])
+        return torch.autograd.grad(y, x, batch, is_grads_batched=True)[0]
+
+    torch.testing.assert_close(*both(op, gradient), rtol=1e-4, atol=1e-5)
+
+
+FUSED = {
+    "linear": lambda f, x, w, b: f.linear(x, w, b),
+    "linear_relu": lambda f, x, w, b: F.relu(F.linear(x, w, b)),
+    "conv2d": lambda f, x, w, b: f.conv2d(x, w, b),
+    "conv2d_relu": lambda f, x, w, b: F.relu(F.conv2d(x, w, b)),
+}
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "b", "xw", "xb", "wb", "xwb"])
+@pytest.mark.parametrize("op", FUSED)
+def test_only_what_is_needed_is_kept(op, wanted):
+    """The rest may change before backward, as in a step between two backward passes."""
+    shapes = ((4, 5), (3, 5)) if "linear" in op else ((2, 2, 5, 5), (3, 2, 3, 3))
+    tensors = [torch.randn(shape) for shape in (*shapes, (3,))]
+    results = []
+    for f in (getattr(ours, op), lambda *args: FUSED[op](F, *args)):
+        leaves = [t.clone().requires_grad_(name in wanted) for name, t in zip("xwb", tensors)]
+        y = f(*leaves)
+        kept = {"b": False, "x": "w" in wanted, "w": "x" in wanted}
+        with torch.no_grad():
+            for name, t in zip("xwb", leaves):
+                if not kept[name] and (name == "b" or "linear" in op):
+                    t.zero_()
+        with calls([op.split("_")[0] + "_backward"] if f is getattr(ours, op) else []):
+            results.append(torch.autograd.grad(y.sum(), [t for t in leaves if t.requires_grad]))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("op", FUSED)
+@pytest.mark.parametrize("wanted", ["x", "w", "b", "xwb"])
+def test_second_gradients(op, wanted):
+    """Of every subset of the inputs; an input of one dimension too."""
+    cases = [((4, 5), (3, 5)), ((5,), (3, 5)), ((2, 3, 5), (3, 5)), ((0, 5), (3, 5))]
+    if "conv2d" in op:
+        cases = [((2, 2, 5, 5), (3, 2, 3, 3)), ((2, 5, 5), (3, 2, 3, 3))]
+    for shapes in cases:
+        tensors = [torch.randn(shape) for shape in (*shapes, (3,))]
+        results = []
+        for f in (getattr(ours, op), lambda *args: FUSED[op](F, *args)):
+            leaves = [t.clone().requires_grad_(name in wanted) for name, t in zip("xwb", tensors)]
+            y = f(*leaves)
+            inputs = [t for t in leaves if t.requires_grad]
+            grad_y = torch.full_like(y, 0.5, requires_grad=True)
+            firsts = torch.autograd.grad(y, inputs, grad_y, create_graph=True)
+            total = sum(first.square().sum() for first in firsts)
+            seconds = torch.autograd.grad(total, [*inputs, grad_y], materialize_grads=True)
+            results.append([*firsts, *seconds])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_nested_tensors_are_pytorchs():
+    w, b = torch.randn(3, 5), torch.randn(3)
+    for name, args in (("linear", (w, b)), ("relu", ())):
+        results = []
+        for f in (getattr(ours, name), getattr(F, name)):
+            torch.manual_seed(0)
+            rows = [torch.randn(n, 5) for n in (2, 3)]
+            x = torch.nested.nested_tensor(rows, requires_grad=True)
+            with calls(torchs=[name] if f is getattr(ours, name) else []):
+                y = f(x, *args)
+                y.backward(torch.ones_like(y))
+            results.append([*y.detach().unbind(), *x.grad.unbind()])
+        torch.testing.assert_close(*results)

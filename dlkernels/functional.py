@@ -9,8 +9,6 @@ devices, tensor subclasses, autocast, ``torch.func``, double backward) runs on P
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter, _reduction
 from torch.optim.adam import adam
 
@@ -19,7 +17,7 @@ from . import _C, _state
 _ops = torch.ops.dlkernels
 
 # Exact types: a subclass may mean anything by an op, so PyTorch's own dispatch decides about it.
-_PLAIN = {Tensor, Parameter, FakeTensor, FunctionalTensor}
+_PLAIN = {Tensor, Parameter}
 
 _INT = {int, torch.SymInt}  # no bool
 
@@ -27,7 +25,9 @@ _INT = {int, torch.SymInt}  # no bool
 def _ours(*tensors):
     """Whether our op is asked at all; it decides itself whether it has a kernel."""
     for t in tensors:
-        if type(t) not in _PLAIN:
+        # Fake and functional tensors stand for plain ones while torch traces. Told by name: to
+        # import their classes is slow, and warns where there is no NumPy.
+        if type(t) not in _PLAIN and not type(t).__module__.startswith("torch._subclasses."):
             return False
     return _state.enabled or _state.enabled_here()
 

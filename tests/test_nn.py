@@ -195,3 +195,13 @@ def test_bad_input_raises_as_pytorch():
                 getattr(library, name)(*args)(x)
     with pytest.raises(ValueError):
         ours.Conv2d(3, 4, 3, groups=2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_keeps_our_ops(strict):
+    model = torch.nn.Sequential(nn.Conv2dReLU(1, 4, 3), nn.MaxPool2d(2), nn.Linear(3, 2)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    exported = torch.export.export(model, (x,), strict=strict)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert targets >= {f"dlkernels.{op}.default" for op in ("conv2d_relu", "max_pool2d", "linear")}
+    assert torch.equal(exported.module()(x), model(x))

@@ -199,7 +199,9 @@ def test_bad_input_raises_as_pytorch():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_keeps_our_ops(strict):
-    model = torch.nn.Sequential(nn.Conv2dReLU(1, 4, 3), nn.MaxPool2d(2), nn.Linear(3, 2)).eval()
+    model = torch.nn.Sequential(
+        ours.Conv2dReLU(1, 4, 3), ours.MaxPool2d(2), ours.Linear(3, 2)
+    ).eval()
     x = torch.randn(2, 1, 8, 8)
     exported = torch.export.export(model, (x,), strict=strict)
     targets = {str(node.target) for node in exported.graph.nodes}

@@ -49,6 +49,7 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
     yield (t(2, 3, 5, 7), t(4, 3, 3, 3).detach(), t(4)), {}
     yield (t(2, 3, 5, 7), t(4, 3, 3, 3), t(4).detach()), {}
     yield (t(2, 3, 5, 7).detach(), t(4, 3, 3, 3).detach(), t(4)), {}
+    yield (t(1, 1, 150, 150).detach(), t(64, 1, 1, 1).detach(), t(64)), {}  # for two threads
     yield (t(2, 3, 10, 7)[:, :, ::2], t(4, 6, 3, 3)[:, ::2], t(8)[::2]), {}
     yield (t(1, 3, 5, 7).expand(4, 3, 5, 7), t(1, 3, 3, 3).expand(4, 3, 3, 3), t(4)), {}
     yield (t(2, 5, 7, 3).permute(0, 3, 1, 2), t(4, 3, 3, 3), t(4)), {}

@@ -44,6 +44,7 @@ def samples(device="cpu"):
     yield t(6, 7), t(5, 7).detach(), t(5)
     yield t(6, 7), t(5, 7), t(5).detach()
     yield t(6, 7).detach(), t(5, 7).detach(), t(5)
+    yield t(5000, 7).detach(), t(300, 7).detach(), t(300)  # large enough for two threads
 
 
 @op

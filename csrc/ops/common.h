@@ -88,10 +88,12 @@ inline float* scratch(int64_t floats) {
 using GemmTask = c10::function_ref<void(const cpu::GemmPart&, float* scratch)>;
 
 // Splits C (M, N), a sum over K, among the threads so that the largest part is small, then so that
-// little is packed twice. Under 2 MFLOP a fork costs more than it saves.
-inline void parallel_gemm(int64_t M, int64_t N, int64_t K, GemmTask task) {
+// little is packed twice. Under 2 MFLOP a fork costs more than it saves. Without columns, the rows
+// are split: their sums (row_sums) may be all that is wanted.
+inline void parallel_gemm(int64_t M, int64_t columns, int64_t K, GemmTask task) {
+  const int64_t N = std::max<int64_t>(columns, 1);
   const cpu::Kernels& table = cpu::kernels();
-  const bool small = static_cast<double>(M) * std::max<int64_t>(N, 1) * K < 1e6;
+  const bool small = static_cast<double>(M) * N * K < 1e6;
   const int64_t threads = small || at::in_parallel_region() ? 1 : at::get_num_threads();
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t rows = ceil_div(M, table.gemm_tile_rows), cols = ceil_div(N, table.gemm_tile_cols);
@@ -109,8 +111,8 @@ inline void parallel_gemm(int64_t M, int64_t N, int64_t K, GemmTask task) {
     float* const memory = scratch(table.gemm_scratch);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i / parts_n * step_m, n = i % parts_n * step_n;
-      if ((m < M && n < N) || i == 0)
-        task({m, std::min(M, m + step_m), n, std::min(N, n + step_n)}, memory);
+      if (m < M && n < N)
+        task({m, std::min(M, m + step_m), n, std::min(columns, n + step_n)}, memory);
     }
   });
 }

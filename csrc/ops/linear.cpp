@@ -121,11 +121,8 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
   const cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(),
                                .row = N,
-                               .row_bias = nullptr,
                                .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
-                               .relu = kRelu,
-                               .accumulate = false,
-                               .row_sums = nullptr};
+                               .relu = kRelu};
   parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* scratch) {
     cpu::kernels().gemm(matrix(x), matrix(weight), K, out, part, scratch);
   });

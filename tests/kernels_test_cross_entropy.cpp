@@ -39,6 +39,7 @@ struct Case {
             .probabilities = probabilities.data(),
             .weight = o.weighted ? weight.data() : nullptr,
             .C = C,
+            .inner = 1,
             .ignore_index = kIgnored,
             .smoothing = o.smoothing,
             .weight_sum = static_cast<float>(sum),
@@ -144,10 +145,14 @@ int cross_entropy_backward(const cpu::Kernels& table) {
         target[3] = kIgnored;
         for (int64_t c = 0; c < C; ++c) grad[3 * C + c] = 0;
         grad_y[0] = first;
-        table.cross_entropy_backward(grad.data(), grad_y.data(), step, target.data(), kIgnored,
-                                     grad_x.data(), C, 0, 2);
-        table.cross_entropy_backward(grad.data(), grad_y.data(), step, target.data(), kIgnored,
-                                     grad_x.data(), C, 2, N);
+        const cpu::CrossEntropy args = {.x = grad.data(),
+                                        .target = target.data(),
+                                        .C = C,
+                                        .inner = 1,
+                                        .ignore_index = kIgnored,
+                                        .grad = grad_x.data()};
+        table.cross_entropy_backward(args, grad_y.data(), step, 0, 2);
+        table.cross_entropy_backward(args, grad_y.data(), step, 2, N);
         for (int64_t i = 0; i < N * C; ++i)
           wrong += grad_x[i] != (i / C == 3 ? 0.0f : grad[i] * grad_y[i / C * step]);
       }

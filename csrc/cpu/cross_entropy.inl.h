@@ -6,6 +6,10 @@
 //
 // All of a row is done while it is in cache: grad holds the exponentials in between.
 
+// Of the target, and what every class gets.
+static float keep(const CrossEntropy& a) { return 1 - a.smoothing; }
+static float even(const CrossEntropy& a) { return a.smoothing / static_cast<float>(a.C); }
+
 // The sum of f(c, lanes), whose lanes that are not there must be 0. In blocks, so that rounding
 // errors do not pile up along a row of many classes.
 template <class F>
@@ -47,100 +51,229 @@ static float exp_sum(const float* x, float top, float* e, int64_t C) {
   });
 }
 
-// What of g a whole row has: all of it for probabilities, the smoothing for a class.
+// What of g a whole row has: all of it for probabilities, the smoothing for a class. Vectors of it
+// along a row that begins at element `first`.
 struct Spread {
-  const float *probabilities, *weight;
-  float keep, even, weight_sum;
+  const CrossEntropy& a;
+  int64_t first;
 
+  bool any() const { return !a.target || a.smoothing != 0; }
   Vec at(int64_t c, int64_t n) const {
-    Vec g = Vec::fill(even);
-    if (probabilities) g = fma(Vec::fill(keep), load(probabilities + c, n), g);
-    return weight ? g * load(weight + c, n) : g;
+    Vec g = Vec::fill(even(a));
+    if (!a.target) g = fma(Vec::fill(keep(a)), load(a.probabilities + first + c, n), g);
+    return a.weight ? g * load(a.weight + c, n) : g;
   }
   // sum_c g[c], smoothing apart: at() is not 0 in lanes that are not there.
-  double sum(int64_t C) const {
-    const double smooth = static_cast<double>(even) * weight_sum;
-    if (!probabilities) return smooth;
-    const float rest = row_sum(C, [&](int64_t c, int64_t n) {
-      const Vec p = load(probabilities + c, n);
-      return weight ? p * load(weight + c, n) : p;
+  double sum() const {
+    const double smooth = static_cast<double>(even(a)) * a.weight_sum;
+    if (a.target) return smooth;
+    const float rest = row_sum(a.C, [&](int64_t c, int64_t n) {
+      const Vec p = load(a.probabilities + first + c, n);
+      return a.weight ? p * load(a.weight + c, n) : p;
     });
-    return smooth + static_cast<double>(keep) * rest;
+    return smooth + static_cast<double>(keep(a)) * rest;
   }
   // sum_c g[c] * (top - x[c]); lanes that are not there count as x = top
-  float loss(const float* x, float top, int64_t C) const {
+  float loss(float top) const {
     const Vec tops = Vec::fill(top);
-    return row_sum(C, [&](int64_t c, int64_t n) {
-      const Vec v = n == Vec::kWidth ? Vec::load(x + c) : load_or(x + c, n, tops);
-      return at(c, n) * (tops - v);
+    return row_sum(a.C, [&](int64_t c, int64_t n) {
+      const float* x = a.x + first + c;
+      return at(c, n) * (tops - (n == Vec::kWidth ? Vec::load(x) : load_or(x, n, tops)));
     });
   }
 };
 
-static double cross_entropy_row(const CrossEntropy& a, int64_t row) {
-  const int64_t C = a.C, t = a.target ? a.target[row] : -1;
-  const float* x = a.x + row * C;
-  float* grad = a.grad ? a.grad + row * C : nullptr;
-  if (a.target && t == a.ignore_index) {
-    if (grad) store_zeros(grad, C);
-    return 0;
-  }
-  const float top = row_max(x, C);
-  const float s = grad ? exp_sum<true>(x, top, grad, C) : exp_sum<false>(x, top, grad, C);
-  const double log_s = __builtin_log(s);
-  const float keep = 1 - a.smoothing, even = a.smoothing / static_cast<float>(C);
+static bool is_ignored(const CrossEntropy& a, int64_t row) {
+  return a.target && a.target[row] == a.ignore_index;
+}
 
+// The target's own part of g.
+static float g_of(const CrossEntropy& a, int64_t t) {
+  return a.weight ? keep(a) * a.weight[t] : keep(a);
+}
+
+// A row whose sums are known: its loss, and its gradient in place of the exponentials.
+static double finish_row(const CrossEntropy& a, int64_t row, float top, float s) {
+  const int64_t C = a.C, first = row * C;
+  const float log_s = __builtin_logf(s);
   double loss = 0, g_sum = 0;
-  float g_t = 0;  // the target's own part of g
   if (a.target) {
-    g_t = a.weight ? keep * a.weight[t] : keep;
-    g_sum = g_t;
-    loss = g_t * (log_s + (static_cast<double>(top) - x[t]));
+    g_sum = g_of(a, a.target[row]);
+    loss = g_sum * (log_s + (static_cast<double>(top) - a.x[first + a.target[row]]));
   }
-  const bool is_spread = !a.target || a.smoothing != 0;
-  const Spread spread = {a.target ? nullptr : a.probabilities + row * C, a.weight, keep, even,
-                         a.weight_sum};
-  if (is_spread) {
-    const double rest = spread.sum(C);
+  const Spread spread = {a, first};
+  if (spread.any()) {
+    const double rest = spread.sum();
     g_sum += rest;
-    loss += rest * log_s + spread.loss(x, top, C);
+    loss += rest * log_s + spread.loss(top);
   }
-  if (!grad) return loss;
+  if (!a.grad) return loss;
 
+  float* grad = a.grad + first;
   const Vec scale = Vec::fill(a.grad_scale);
   const Vec to_p = Vec::fill(static_cast<float>(a.grad_scale * g_sum / s));
   each_vector(0, C, [&](int64_t c, int64_t n) {
     Vec v = load(grad + c, n) * to_p;
-    if (is_spread) v = v - scale * spread.at(c, n);
+    if (spread.any()) v = v - scale * spread.at(c, n);
     store(v, grad + c, n);
   });
-  if (a.target) grad[t] -= a.grad_scale * g_t;
+  if (a.target) grad[a.target[row]] -= a.grad_scale * g_of(a, a.target[row]);
   return loss;
 }
 
-static double cross_entropy(const CrossEntropy& rows, int64_t begin, int64_t end) {
+// Rows along memory. A few at a time, as fit in L1, so that no row's sums wait for the row before.
+static double rows_along(const CrossEntropy& a, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 8, kFit = 4096;
+  const int64_t C = a.C, rows = C > kFit ? 1 : least(kRows, kFit / C);
   double total = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const double loss = cross_entropy_row(rows, row);
-    if (rows.losses) rows.losses[row] = static_cast<float>(loss);
-    total += loss;
+  for (int64_t row = begin; row < end; row += rows) {
+    const int64_t n = least(rows, end - row);
+    float top[kRows], s[kRows];
+    for (int64_t i = 0; i < n; ++i) top[i] = row_max(a.x + (row + i) * C, C);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* x = a.x + (row + i) * C;
+      s[i] = a.grad ? exp_sum<true>(x, top[i], a.grad + (row + i) * C, C)
+                    : exp_sum<false>(x, top[i], nullptr, C);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const bool ignored = is_ignored(a, row + i);
+      const double loss = ignored ? 0 : finish_row(a, row + i, top[i], s[i]);
+      if (ignored && a.grad) store_zeros(a.grad + (row + i) * C, C);
+      if (a.losses) a.losses[row + i] = static_cast<float>(loss);
+      total += loss;
+    }
   }
   return total;
 }
 
-static void cross_entropy_backward(const float* grad, const float* grad_y, int64_t step,
-                                   const int64_t* target, int64_t ignore_index, float* grad_x,
-                                   int64_t C, int64_t begin, int64_t end) {
-  const auto scale = [&](int64_t from, int64_t to, float factor) {
-    each_vector(from, to, [&](int64_t i, int64_t n) {
-      store(Vec::fill(factor) * load(grad + i, n), grad_x + i, n);
-    });
+// Rows side by side: class c of n <= kWidth of them at x + c * step, a lane each; so the
+// probabilities, and the gradient in e (null if nobody wants it, and may be x).
+struct Lanes {
+  const float *x, *probabilities;
+  float* e;
+  int64_t step;
+};
+
+static double rows_across(const CrossEntropy& a, int64_t row, int64_t n, const Lanes& at) {
+  const bool is_spread = !a.target || a.smoothing != 0;
+  const auto g = [&](int64_t c) {
+    Vec v = Vec::fill(even(a));
+    if (!a.target) v = fma(Vec::fill(keep(a)), load(at.probabilities + c * at.step, n), v);
+    return a.weight ? v * Vec::fill(a.weight[c]) : v;
   };
-  // An ignored row's gradient of 0 stays 0 under any finite factor.
-  if (step == 0 && *grad_y - *grad_y == 0) return scale(begin * C, end * C, *grad_y);
-  for (int64_t row = begin; row < end; ++row)
-    if (target && target[row] == ignore_index)
-      store_zeros(grad_x + row * C, C);
-    else
-      scale(row * C, row * C + C, grad_y[row * step]);
+  float x_t[Vec::kWidth];  // of the targets, before e overwrites them
+  for (int64_t i = 0; i < n; ++i)
+    x_t[i] = a.target && !is_ignored(a, row + i) ? at.x[a.target[row + i] * at.step + i] : 0;
+
+  Vec top = Vec::fill(-__builtin_inff()), s = Vec::zero(), g_sum = s, far = s;
+  for (int64_t c = 0; c < a.C; ++c) top = max(load(at.x + c * at.step, n), top);
+  for (int64_t c = 0; c < a.C; ++c) {
+    const Vec below = load(at.x + c * at.step, n) - top, e = exp(below);
+    if (at.e) store(e, at.e + c * at.step, n);
+    s = s + e;
+    if (!is_spread) continue;
+    g_sum = g_sum + g(c);
+    far = far - g(c) * below;
+  }
+
+  float tops[Vec::kWidth], sums[Vec::kWidth], g_sums[Vec::kWidth], fars[Vec::kWidth];
+  top.store(tops), s.store(sums), g_sum.store(g_sums), far.store(fars);
+  float to_p[Vec::kWidth], scale[Vec::kWidth];  // 0 in an ignored row
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool ignored = is_ignored(a, row + i);
+    double loss = 0;
+    if (!ignored) {
+      const float log_s = __builtin_logf(sums[i]), g_t = a.target ? g_of(a, a.target[row + i]) : 0;
+      loss = (static_cast<double>(g_t) + g_sums[i]) * log_s + fars[i];
+      if (a.target) loss += g_t * (static_cast<double>(tops[i]) - x_t[i]);
+      g_sums[i] += g_t;
+    }
+    scale[i] = ignored ? 0 : a.grad_scale;
+    to_p[i] = ignored ? 0 : a.grad_scale * g_sums[i] / sums[i];
+    if (a.losses) a.losses[row + i] = static_cast<float>(loss);
+    total += loss;
+  }
+  if (!at.e) return total;
+
+  const Vec scales = load(scale, n), to_ps = load(to_p, n);
+  const Vec::Mask ignored = scales == Vec::zero();
+  for (int64_t c = 0; c < a.C; ++c) {
+    Vec v = load(at.e + c * at.step, n) * to_ps;
+    if (is_spread) v = v - scales * g(c);
+    store(select(ignored, Vec::zero(), v), at.e + c * at.step, n);
+  }
+  if (a.target)
+    for (int64_t i = 0; i < n; ++i)
+      if (!is_ignored(a, row + i))
+        at.e[a.target[row + i] * at.step + i] -= a.grad_scale * g_of(a, a.target[row + i]);
+  return total;
+}
+
+constexpr int64_t kShort = 16;
+
+// n rows of up to kShort classes, turned on their side.
+static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
+  constexpr int64_t W = Vec::kWidth;
+  float x[kShort * W], probabilities[kShort * W];
+  const int64_t first = row * a.C;
+  MatrixRows{{a.x + first, a.C, 1}}.pack<W>(0, n, 0, a.C, x);
+  if (!a.target) MatrixRows{{a.probabilities + first, a.C, 1}}.pack<W>(0, n, 0, a.C, probabilities);
+  const double loss = rows_across(a, row, n, {x, probabilities, a.grad ? x : nullptr, W});
+  for (int64_t c = 0; a.grad && c < a.C; c += W) {
+    Vec r[W];
+    for (int64_t j = 0; j < W; ++j)
+      r[j] = c + j < a.C ? Vec::load(x + (c + j) * W) : Vec::zero();
+    transpose(r);
+    for (int64_t i = 0; i < n; ++i) store(r[i], a.grad + first + i * a.C + c, least(a.C - c, W));
+  }
+  return loss;
+}
+
+// Where class 0 of a row is, and how many rows lie side by side from there on: at most a vector.
+static int64_t first_of(const CrossEntropy& a, int64_t row) {
+  return row / a.inner * a.C * a.inner + row % a.inner;
+}
+static int64_t beside(const CrossEntropy& a, int64_t row, int64_t end) {
+  const int64_t n = least(Vec::kWidth, end - row);
+  return a.inner == 1 ? n : least(n, a.inner - row % a.inner);
+}
+
+static double cross_entropy(const CrossEntropy& a, int64_t begin, int64_t end) {
+  if (a.inner == 1 && a.C > kShort) return rows_along(a, begin, end);
+  double total = 0;
+  for (int64_t row = begin, n; row < end; row += n) {
+    n = beside(a, row, end);
+    const int64_t first = first_of(a, row);
+    const Lanes at = {a.x + first, a.target ? nullptr : a.probabilities + first,
+                      a.grad ? a.grad + first : nullptr, a.inner};
+    total += a.inner == 1 ? rows_turned(a, row, n) : rows_across(a, row, n, at);
+  }
+  return total;
+}
+
+static void cross_entropy_backward(const CrossEntropy& a, const float* grad_y, int64_t step,
+                                   int64_t begin, int64_t end) {
+  const auto factor = [&](int64_t row) {  // whatever becomes of an ignored row's loss
+    return is_ignored(a, row) ? 0 : grad_y[row * step];
+  };
+  for (int64_t row = begin, n; row < end; row += n) {
+    n = beside(a, row, end);
+    const int64_t first = first_of(a, row);
+    if (a.inner == 1) {
+      n = 1;
+      const Vec f = Vec::fill(factor(row));
+      each_vector(first, first + a.C, [&](int64_t i, int64_t lanes) {
+        store(f * load(a.x + i, lanes), a.grad + i, lanes);
+      });
+      continue;
+    }
+    float lanes[Vec::kWidth];
+    for (int64_t i = 0; i < n; ++i) lanes[i] = factor(row + i);
+    const Vec f = load(lanes, n);
+    for (int64_t c = 0; c < a.C; ++c) {
+      const int64_t i = first + c * a.inner;
+      store(f * load(a.x + i, n), a.grad + i, n);
+    }
+  }
 }

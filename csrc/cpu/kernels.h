@@ -83,18 +83,19 @@ struct AdamTensor {
 
 // ---- cross-entropy -------------------------------------------------------------------------
 
-// Rows of C logits, and what each should have been: a class, or a probability for every class.
+// Rows of C logits, and what each should have been: a class, or a probability for every class. Row
+// n * inner + i has its class c at element (n * C + c) * inner + i.
 struct CrossEntropy {
-  const float* x;              // (N, C)
-  const int64_t* target;       // (N), each ignore_index or in [0, C); or null
-  const float* probabilities;  // (N, C) where target is null
-  const float* weight;         // (C) or null
-  int64_t C, ignore_index;
-  float smoothing;
-  float weight_sum;  // of weight, or C
-  float grad_scale;
-  float* losses;  // (N) or null
-  float* grad;    // (N, C) or null
+  const float* x;                        // (N, C, inner)
+  const int64_t* target;                 // (N, inner), each ignore_index or in [0, C); or null
+  const float* probabilities = nullptr;  // as x, where target is null
+  const float* weight = nullptr;         // (C) or null
+  int64_t C, inner, ignore_index;
+  float smoothing = 0;
+  float weight_sum = 0;  // of weight, or C
+  float grad_scale = 1;
+  float* losses = nullptr;  // as target, or null
+  float* grad = nullptr;    // as x, or null
 };
 
 // ---- the table -----------------------------------------------------------------------------
@@ -153,10 +154,10 @@ struct Kernels {
   // the one result that depends on the part, so the caller's parts must follow the shape.
   double (*cross_entropy)(const CrossEntropy& rows, int64_t begin, int64_t end);
 
-  // grad_x[n, c] = grad[n, c] * grad_y[n * step], and 0 where target (may be null) is ignore_index
-  void (*cross_entropy_backward)(const float* grad, const float* grad_y, int64_t step,
-                                 const int64_t* target, int64_t ignore_index, float* grad_x,
-                                 int64_t C, int64_t begin, int64_t end);
+  // grad[n, c] = x[n, c] * grad_y[n * step], and 0 where target (may be null) is ignore_index: x is
+  // the gradient made by cross_entropy. Rows [begin, end).
+  void (*cross_entropy_backward)(const CrossEntropy& rows, const float* grad_y, int64_t step,
+                                 int64_t begin, int64_t end);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

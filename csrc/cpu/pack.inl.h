@@ -59,7 +59,7 @@ struct MatrixRows {
     if (m.row == 1) {
       for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
     } else if (m.col == 1) {
-      int64_t offset[W];
+      int64_t offset[W] = {};
       for (int64_t i = 0; i < rows; ++i) offset[i] = start + i * m.row;
       pack_rows<W>(s, offset, rows, depth, panel);
     } else {

@@ -71,14 +71,11 @@ inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n for whole numbers n. In two halves, so that a result below the smallest normal rounds.
+// a * 2^n for whole numbers n below 128, 0 where 2^n is below the smallest normal number.
 inline Vec scale2(Vec a, Vec n) {
-  const __m256i i = _mm256_cvtps_epi32(min(max(n, Vec::fill(-250)), Vec::fill(250)).v);
-  const __m256i half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256i p = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-  const __m256i q = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
-  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(p)), _mm256_castsi256_ps(q))};
+  const __m256i i = _mm256_cvtps_epi32(max(n, Vec::fill(-127)).v);
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
 }
 
 // Comparisons are false where a lane is NaN; is_nan finds those.

@@ -58,13 +58,16 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec sqrt(Vec a) {
   return each([=](int i) { return __builtin_sqrtf(a.v[i]); });
 }
+// |a| < 2^22: above, floats of that size have no room for a fraction.
 inline Vec round(Vec a) {
-  return each([=](int i) { return __builtin_nearbyintf(a.v[i]); });
+  const Vec big = Vec::fill(0x1.8p23f);
+  return a + big - big;
 }
-// a * 2^n for whole numbers n.
+// a * 2^n for whole numbers n below 128, 0 where 2^n is below the smallest normal number.
 inline Vec scale2(Vec a, Vec n) {
-  const Vec m = min(max(n, Vec::fill(-250)), Vec::fill(250));
-  return each([=](int i) { return __builtin_ldexpf(a.v[i], static_cast<int>(m.v[i])); });
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  const Vec::Mask i = __builtin_convertvector(max(n, Vec::fill(-127)).v, Vec::Mask);
+  return {a.v * reinterpret_cast<Vec::Floats>(reinterpret_cast<Bits>(i + 127) << 23)};
 }
 
 // Comparisons are false where a lane is NaN; is_nan finds those.

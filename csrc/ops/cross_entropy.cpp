@@ -2,7 +2,6 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_permuted.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <numeric>
@@ -17,7 +16,7 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
       "int ignore_index=-100, float label_smoothing=0.0) -> Tensor");
-  // The loss and its gradient, which lies with the classes last.
+  // The loss and its gradient.
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
       "int ignore_index, float label_smoothing) -> (Tensor loss, Tensor grad)");
@@ -61,18 +60,12 @@ Tensor cross_entropy_torch(const Args& a) {
 
 Tensor cross_entropy_meta(const Args& a) { return ours(a) ? new_loss(a) : cross_entropy_torch(a); }
 
-// The gradient lies with the classes last, as the kernel makes it.
 Two cross_entropy_forward_meta(const Args& a) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       ours(a), "cross_entropy_forward: input must be float32 with classes and target fit it, got ",
       a.input.scalar_type(), " ", a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
       a.target.sym_sizes());
-  Tensor loss = new_loss(a);
-  at::DimVector layout;
-  for (int64_t d = 0; d < a.input.dim(); ++d)
-    if (d != 1) layout.push_back(d);
-  if (a.input.dim() > 1) layout.push_back(1);
-  return {loss, at::empty_permuted_symint(a.input.sym_sizes(), layout, a.input.options())};
+  return {new_loss(a), at::empty_symint(a.input.sym_sizes(), a.input.options())};
 }
 
 Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
@@ -97,8 +90,10 @@ Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, con
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-// (N, C, d1, ...) -> (N, d1, ..., C) in memory, a row of classes after the other.
-Tensor as_rows(const Tensor& x) { return (x.dim() > 2 ? x.movedim(1, -1) : x).contiguous(); }
+// Rows of classes that lie side by side: the product of d1, ... in (N, C, d1, ...).
+int64_t inner(const Tensor& x) {
+  return c10::multiply_integers(x.sizes().slice(std::min<int64_t>(x.dim(), 2)));
+}
 
 Tensor as_indices(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
@@ -139,9 +134,10 @@ void compute(const Args& a, const Tensor& loss, const Tensor& grad) {
   cross_entropy_stats.kernel_ran();
   const bool probabilities = gives_probabilities(a.input, a.target);
   const bool mean = a.reduction == at::Reduction::Mean, none = a.reduction == at::Reduction::None;
-  const Tensor x = as_rows(a.input), t = probabilities ? as_rows(a.target) : as_indices(a.target);
+  const Tensor x = a.input.contiguous();
+  const Tensor t = probabilities ? a.target.contiguous() : as_indices(a.target);
   const Tensor w = a.weight ? a.weight->contiguous() : Tensor();
-  const int64_t C = x.size(-1), rows = x.numel() / C;
+  const int64_t C = x.size(x.dim() == 1 ? 0 : 1), rows = x.numel() / C;
   const float* weight = a.weight ? w.const_data_ptr<float>() : nullptr;
   const int64_t* target = probabilities ? nullptr : t.const_data_ptr<int64_t>();
   const double count = probabilities ? static_cast<double>(rows)
@@ -153,6 +149,7 @@ void compute(const Args& a, const Tensor& loss, const Tensor& grad) {
       .probabilities = probabilities ? t.const_data_ptr<float>() : nullptr,
       .weight = weight,
       .C = C,
+      .inner = inner(x),
       .ignore_index = a.ignore_index,
       .smoothing = static_cast<float>(a.label_smoothing),
       .weight_sum = static_cast<float>(weights),
@@ -183,18 +180,20 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, cons
   Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
   cross_entropy_backward_stats.kernel_ran();
   if (grad.numel() == 0) return grad_x;
-  const Tensor from = as_rows(grad), gy = grad_y.contiguous();
+  const Tensor from = grad.contiguous(), gy = grad_y.contiguous();
   const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
-  const int64_t* indices = t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
-  const float *f = from.const_data_ptr<float>(), *g = gy.const_data_ptr<float>();
-  const int64_t C = from.size(-1), step = grad_y.dim() == 0 ? 0 : 1;
-  const bool moved = grad.dim() > 2;  // PyTorch's gradient has its classes second
-  const Tensor to = moved ? at::empty(from.sizes(), from.options()) : grad_x;
-  float* out = to.mutable_data_ptr<float>();
-  at::parallel_for(0, from.numel() / C, block_of(C), [&](int64_t begin, int64_t end) {
-    cpu::kernels().cross_entropy_backward(f, g, step, indices, ignore_index, out, C, begin, end);
+  const int64_t C = grad.size(grad.dim() == 1 ? 0 : 1);
+  const cpu::CrossEntropy args = {.x = from.const_data_ptr<float>(),
+                                  .target = t.defined() ? t.const_data_ptr<int64_t>() : nullptr,
+                                  .C = C,
+                                  .inner = inner(grad),
+                                  .ignore_index = ignore_index,
+                                  .grad = grad_x.mutable_data_ptr<float>()};
+  const float* g = gy.const_data_ptr<float>();
+  at::parallel_for(0, grad.numel() / C, block_of(C), [&](int64_t begin, int64_t end) {
+    cpu::kernels().cross_entropy_backward(args, g, grad_y.dim() == 0 ? 0 : 1, begin, end);
   });
-  return moved ? grad_x.copy_(to.movedim(-1, 1)) : grad_x;
+  return grad_x;
 }
 
 // ---- gradient -----------------------------------------------------------------------------
@@ -238,7 +237,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     } else if (is_one(grads[0]) && !torch::autograd::get_current_graph_task_keep_graph()) {
       // The gradient itself, and not a copy: this graph is freed right after and nobody else has
       // seen it. With retain_graph it must stay as it is, whatever becomes of the one we return.
-      out[0] = grad.contiguous();
+      out[0] = grad;
     } else {
       out[0] = op.call(grads[0], grad, target, ignore_index);
     }

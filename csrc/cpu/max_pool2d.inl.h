@@ -51,59 +51,98 @@ static void pool_lanes(const float* x, const Pool& p, const Window& at, Load loa
   if (kArgmax) arg.store_bytes(argmax, n);
 }
 
-// A row of windows in a plane. Those that are whole along w share vectors.
-template <bool kArgmax, class Load>
-static void pool_plane_row(const float* x, const Pool& p, Window at, Inside whole, Load load,
-                           float* y, uint8_t* argmax) {
-  for (int64_t ow = 0, n; ow < p.w.out; ow += n) {
-    n = within(ow, whole) ? least(whole.end - ow, Vec::kWidth) : 1;
-    at.w = ow * p.w.stride - p.w.pad;
-    at.kw = n == 1 ? inside(p.w, at.w) : Inside{0, p.w.kernel};
-    pool_lanes<kArgmax>(x, p, at, load, n, y + ow, kArgmax ? argmax + ow : nullptr);
+// The elements of a whole window, from its element 0.
+struct WindowOffsets {
+  int64_t count = 0, at[kNoElement];
+  explicit WindowOffsets(const Pool& p) {
+    for (int64_t kh = 0; kh < p.h.kernel; ++kh)
+      for (int64_t kw = 0; kw < p.w.kernel; ++kw)
+        at[count++] = (kh * p.h.dilation * p.w.in + kw * p.w.dilation) * p.C;
   }
+};
+
+// pool_lanes for whole windows: no bounds, and unrolled where kCount says how many elements.
+template <int64_t kCount, bool kArgmax, class Load>
+static inline void pool_whole(const float* x, const WindowOffsets& offsets, Load load, int64_t n,
+                              float* y, uint8_t* argmax) {
+  const int64_t count = kCount ? kCount : offsets.count;
+  Vec best = load(x, n), arg = Vec::zero();
+#pragma GCC unroll 9
+  for (int64_t k = 1; k < count; ++k) {
+    const Vec v = load(x + offsets.at[k], n);
+    const Vec::Mask wins = either(v > best, is_nan(v));
+    best = select(wins, v, best);
+    if (kArgmax) arg = select(wins, Vec::fill(k), arg);
+  }
+  store(best, y, n);
+  if (kArgmax) arg.store_bytes(argmax, n);
+}
+
+// Rows of windows; Load takes n lanes, which in a plane are the first elements of n windows.
+template <int64_t kCount, bool kArgmax, class Load>
+static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, Load load,
+                      int64_t begin, int64_t end) {
+  const int64_t C = p.C, stride = p.w.stride, OW = p.w.out;
+  const WindowOffsets offsets(p);
+  const Inside whole_h = whole_windows(p.h), whole_w = whole_windows(p.w);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t oh = row % p.h.out, h = oh * p.h.stride - p.h.pad;
+    const float* image = x + row / p.h.out * p.h.in * p.w.in * C;
+    const bool whole_row = within(oh, whole_h);
+    Window at = {h, 0, inside(p.h, h), {0, 0}};
+    for (int64_t ow = 0, windows; ow < OW; ow += windows) {
+      at.w = ow * stride - p.w.pad;
+      float* to = y + (row * OW + ow) * C;
+      uint8_t* arg = kArgmax ? argmax + (row * OW + ow) * C : nullptr;
+      const bool whole = within(ow, whole_w);
+      windows = C == 1 && whole ? least(whole_w.end - ow, Vec::kWidth) : 1;
+      const int64_t lanes = windows * C;
+      if (whole && whole_row) {
+        const float* from = image + (at.h * p.w.in + at.w) * C;
+        for (int64_t c = 0; c < lanes; c += Vec::kWidth)
+          pool_whole<kCount, kArgmax>(from + c, offsets, load, least(lanes - c, Vec::kWidth),
+                                      to + c, kArgmax ? arg + c : nullptr);
+        continue;
+      }
+      at.kw = inside(p.w, at.w);
+      for (int64_t c = 0; c < lanes; c += Vec::kWidth)
+        pool_lanes<kArgmax>(image + c, p, at, load, least(lanes - c, Vec::kWidth), to + c,
+                            kArgmax ? arg + c : nullptr);
+    }
+  }
+}
+
+template <int64_t kCount, bool kArgmax>
+static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
+                      int64_t end) {
+  const int64_t stride = p.w.stride;
+  const auto load_lanes = [](const float* from, int64_t n) { return load(from, n); };
+  const auto load_every = [=](const float* from, int64_t n) {
+    float lanes[Vec::kWidth];
+    for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
+    return Vec::load(lanes, n);
+  };
+  if (p.C > 1 || stride == 1)
+    pool_rows<kCount, kArgmax>(x, y, argmax, p, load_lanes, begin, end);
+  else if (stride == 2)
+    pool_rows<kCount, kArgmax>(x, y, argmax, p, load_even, begin, end);
+  else
+    pool_rows<0, kArgmax>(x, y, argmax, p, load_every, begin, end);
 }
 
 template <bool kArgmax>
 static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
                       int64_t end) {
-  const int64_t stride = p.w.stride;
-  const Inside whole = whole_windows(p.w);
-  const auto load_any = [=](const float* from, int64_t n) {
-    float lanes[Vec::kWidth];
-    for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
-    return Vec::load(lanes, n);
-  };
-  for (int64_t row = begin; row < end; ++row) {
-    const float* image = x + row / p.h.out * p.h.in * p.w.in * p.C;
-    const int64_t h = row % p.h.out * p.h.stride - p.h.pad, o = row * p.w.out * p.C;
-    Window at = {h, 0, inside(p.h, h), {0, 0}};
-    float* const to = y + o;
-    uint8_t* const arg = kArgmax ? argmax + o : nullptr;
-    if (p.C == 1) {
-      if (stride == 1)
-        pool_plane_row<kArgmax>(image, p, at, whole, load, to, arg);
-      else if (stride == 2)
-        pool_plane_row<kArgmax>(image, p, at, whole, load_even, to, arg);
-      else
-        pool_plane_row<kArgmax>(image, p, at, whole, load_any, to, arg);
-      continue;
-    }
-    for (int64_t ow = 0; ow < p.w.out; ++ow) {
-      at.w = ow * stride - p.w.pad;
-      at.kw = inside(p.w, at.w);
-      for (int64_t c = 0; c < p.C; c += Vec::kWidth)
-        pool_lanes<kArgmax>(image + c, p, at, load, least(p.C - c, Vec::kWidth), to + ow * p.C + c,
-                            kArgmax ? arg + ow * p.C + c : nullptr);
-    }
-  }
+  const int64_t count = p.h.kernel * p.w.kernel;
+  const auto f = count == 4   ? pool_rows<4, kArgmax>
+                 : count == 9 ? pool_rows<9, kArgmax>
+                              : pool_rows<0, kArgmax>;
+  f(x, y, argmax, p, begin, end);
 }
 
 static void max_pool2d(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
                        int64_t end) {
-  if (argmax)
-    pool_rows<true>(x, y, argmax, p, begin, end);
-  else
-    pool_rows<false>(x, y, argmax, p, begin, end);
+  (argmax ? pool_rows<true> : pool_rows<false>)(x, y, argmax, p, begin, end);
 }
 
 // Where element k of a window lies, from its element 0. Bytes that are no element lie nowhere: no

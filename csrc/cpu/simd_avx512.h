@@ -32,7 +32,11 @@ struct Vec {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
   }
   void store_bytes(uint8_t* p, int64_t n) const {
-    _mm512_mask_cvtepi32_storeu_epi8(p, first(n), _mm512_cvtps_epi32(v));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+    if (n == 16)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    else
+      _mm_mask_storeu_epi8(p, first(n), bytes);
   }
   static Mask first(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
 };

@@ -183,7 +183,7 @@ class Runs {
   // differ. Runs that share memory (a parameter listed twice) are taken in order instead.
   void step() const {
     const bool alone = numel_ <= kGrain || at::get_num_threads() == 1 || overlap();
-    at::parallel_for(0, numel_, alone ? numel_ : kGrain, [&](int64_t begin, int64_t end) {
+    parallel_chunks(numel_, alone ? numel_ : kGrain, [&](int64_t begin, int64_t end) {
       size_t i = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
       for (; begin < end; ++i) {
         const int64_t start = starts_[i], stop = std::min(end, stop_of(i));

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../cpu/kernels.h"
 
@@ -82,6 +83,32 @@ inline float* scratch(int64_t floats) {
     size = floats;
   }
   return buffer.get();
+}
+
+// f(begin, end) over [0, n), in chunks. A thread takes the chunks of its own share in order, so that
+// it meets the same memory in one op after the other, and then what is left of the others': one that
+// the system holds up does not hold up the rest. Less than `grain`, about 20 us of work, is not
+// worth a fork.
+template <class F>
+void parallel_chunks(int64_t n, int64_t grain, const F& f) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  if (threads <= 1 || at::in_parallel_region()) return n > 0 ? f(int64_t{0}, n) : void();
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t chunk = std::max<int64_t>(1, grain / 4), chunks = (n + chunk - 1) / chunk;
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = chunks * i / threads;
+    shares[i].end = chunks * (i + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end + threads - 1; ++i) {
+      Share& share = shares[i % threads];
+      for (int64_t c; (c = share.next++) < share.end;) f(c * chunk, std::min(n, (c + 1) * chunk));
+    }
+  });
 }
 
 // A part of GEMM work: its share of C and the thread's scratch.

@@ -132,12 +132,13 @@ cpu::Pool view(const Args& args, SymIntArrayRef input_size, const Tensor& y) {
           args.axis(1, input_size[1].expect_int(), y.size(-1))};
 }
 
-// Rows of windows, or of what they look at, in a tensor of that many.
+// Rows of windows, or of what they look at, in a tensor of that many; not fewer at a time than
+// `least`.
 template <class F>
-void parallel_rows(const cpu::Pool& p, const Tensor& x, const F& f) {
+void parallel_rows(const cpu::Pool& p, const Tensor& x, int64_t least, const F& f) {
   const int64_t rows = x.numel() / (x.size(-1) * p.C);
   const int64_t work = x.size(-1) * p.C * p.h.kernel * p.w.kernel;
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / work), f);
+  parallel_chunks(rows, std::max(4 * least, kGrain / work), f);
 }
 
 // y, and argmax unless it is undefined.
@@ -148,7 +149,7 @@ void max_pool2d_out(const Args& args, const Tensor& input, Tensor& y, Tensor& ar
   const float* x = xc.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   uint8_t* arg = argmax.defined() ? argmax.mutable_data_ptr<uint8_t>() : nullptr;
-  parallel_rows(p, y, [&](int64_t begin, int64_t end) {
+  parallel_rows(p, y, 1, [&](int64_t begin, int64_t end) {
     cpu::kernels().max_pool2d(x, to, arg, p, begin, end);
   });
 }
@@ -166,7 +167,7 @@ Tensor max_pool2d_indices_cpu(const Tensor& argmax, SymIntArrayRef input_size, I
   const cpu::Pool p = view({"max_pool2d_indices", window, ceil_mode}, input_size, indices);
   const uint8_t* from = a.const_data_ptr<uint8_t>();
   int64_t* to = indices.mutable_data_ptr<int64_t>();
-  parallel_rows(p, indices, [&](int64_t begin, int64_t end) {
+  parallel_rows(p, indices, 1, [&](int64_t begin, int64_t end) {
     cpu::kernels().max_pool2d_indices(from, to, p, begin, end);
   });
   return indices;
@@ -194,7 +195,8 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
   const float* grad = g.const_data_ptr<float>();
   const uint8_t* arg = a.const_data_ptr<uint8_t>();
   float* to = grad_x.mutable_data_ptr<float>();
-  parallel_rows(p, grad_x, [&](int64_t begin, int64_t end) {
+  // Windows that reach from one part into the next are slow.
+  parallel_rows(p, grad_x, 8 * p.h.kernel, [&](int64_t begin, int64_t end) {
     cpu::kernels().max_pool2d_backward(grad, arg, to, p, begin, end);
   });
   return grad_x;

@@ -55,7 +55,7 @@ Tensor relu_cpu(const Tensor& input) {
   const Tensor x = laid_out_as(y, input);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, y.numel(), kGrain,
+  parallel_chunks(y.numel(), kGrain,
                    [&](int64_t begin, int64_t end) { cpu::kernels().relu(from, to, begin, end); });
   return y;
 }
@@ -66,7 +66,7 @@ Tensor relu_backward_cpu(const Tensor& grad_y, const Tensor& y) {
   const Tensor gc = laid_out_as(grad_x, grad_y), yc = laid_out_as(grad_x, y);
   const float *g = gc.const_data_ptr<float>(), *mask = yc.const_data_ptr<float>();
   float* to = grad_x.mutable_data_ptr<float>();
-  at::parallel_for(0, y.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  parallel_chunks(y.numel(), kGrain, [&](int64_t begin, int64_t end) {
     cpu::kernels().relu_backward(g, mask, to, begin, end);
   });
   return grad_x;

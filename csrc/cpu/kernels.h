@@ -157,6 +157,11 @@ struct Kernels {
   void (*cross_entropy_backward)(const float* grad, const float* grad_y, int64_t step,
                                  const int64_t* target, int64_t ignore_index, float* grad_x,
                                  int64_t C, int64_t begin, int64_t end);
+
+  // As many multiply-adds as fit into registers, `times` times: multiply_add_flops a time. The
+  // result says that they were done.
+  int64_t multiply_add_flops;
+  float (*multiply_add)(int64_t times);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

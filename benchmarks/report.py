@@ -37,24 +37,24 @@ def layout(ours):
 
 
 def time_text(seconds):
-    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            break
-    return f"{seconds / size:.3g} {unit}"
+    unit, size = next(
+        (unit, size) for unit, size in (("s", 1), ("ms", 1e-3), ("us", 0)) if seconds >= size
+    )
+    return f"{seconds / (size or 1e-6):.3g} {unit}"
 
 
-# ---- tables: (header, rows) of text, for the terminal and for Markdown -----------------------
+# ---- tables: a header and rows of text, for the terminal and for Markdown --------------------
 
 
 def main_table(results):
     """Every case against the best of all peers. A case has a row for each of our layouts."""
-    header = ["op", "case", "mode", "ours", "best peer", "ratio", "[quartiles]"]
-    header += ["vs torch", "of roof", "error: ours", "peer's"]
+    header = ["op", "case", "mode", "ours", "best peer", "ratio [quartiles]", "to torch", "of roof"]
     rows = []
     for result in results:
+        providers = result["providers"]
         peer = best(result, lambda name: not is_ours(name))
-        for ours in filter(is_ours, result["providers"]):
-            mine = result["providers"][ours]
+        for ours in filter(is_ours, providers):
+            seconds = median(providers[ours]["seconds"])
             q1, q2, q3 = against(result, peer, ours)
             roof, least = max(result["roofs"].items(), key=lambda item: item[1])
             rows.append(
@@ -62,17 +62,15 @@ def main_table(results):
                     result["op"],
                     " ".join([result["case"], layout(ours)]).strip(),
                     result["mode"],
-                    time_text(median(mine["seconds"])),
+                    time_text(seconds),
                     peer,
-                    f"{q2:.2f}",
-                    f"[{q1:.2f}, {q3:.2f}]",
+                    f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                     f"{against(result, 'torch', ours)[1]:.2f}",
-                    f"{least / median(mine['seconds']):.0%} {roof}",
-                    f"{mine['error']:.0e}",
-                    f"{result['providers'][peer]['error']:.0e}",
+                    f"{100 * least / seconds:.2g} % {roof}",
+                    f"{providers[ours]['error']:.0e} / {providers[peer]['error']:.0e}",
                 ]
             )
-    return header, rows
+    return [*header, "error, ours / peer's"], rows
 
 
 def small_table(results):
@@ -88,10 +86,23 @@ def small_table(results):
     for result in results:
         ours = best(result, is_ours)
         peers = [best(result, wanted) for wanted in kinds.values()]
-        ratios = [f"{against(result, p, ours)[1]:.3g}x" if p else "" for p in peers]
+        ratios = [f"{against(result, p, ours)[1]:.2g}" if p else "" for p in peers]
         seconds = median(result["providers"][ours]["seconds"])
         rows.append([result["op"], result["case"], result["mode"], time_text(seconds), *ratios])
     return ["op", "case", "mode", "ours", *kinds], rows
+
+
+def tables(results):
+    """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    small = [r for r in results if r["small"]]
+    training = [r for r in results if not r["small"] and r["mode"] != "forward"]
+    forward = [r for r in results if not r["small"] and r["mode"] == "forward"]
+    found = {
+        "How many times faster than": small_table(small),
+        "The best peer's time / ours: above 1, ours is faster": main_table(training),
+        "The same, forward alone": main_table(forward),
+    }
+    return {title: table for title, table in found.items() if table[1]}
 
 
 def rich_table(title, header, rows):
@@ -139,8 +150,73 @@ def progress(total):
 
 
 def show(results):
-    small = [r for r in results if r["small"]]
-    if small:
-        rich_table("How many times faster we are than", *small_table(small))
-    rich_table("Against the best peer (ratio above 1: ours is faster)", *main_table(results))
+    for title, table in tables(results).items():
+        rich_table(title, *table)
     warn_if_busy("during a case", max(r["busy_cores"] for r in results))
+
+
+# ---- README ---------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
+
+
+def markdown_table(header, rows):
+    """A pipe table. Ratios below 1 are bold: where we are slower must be seen."""
+
+    def cell(name, text):
+        slower = name.startswith("ratio") and float(text.split()[0]) < 1
+        return f"**{text}**" if slower else text
+
+    lines = [header, ["---"] * len(header)]
+    lines += [[cell(name, text) for name, text in zip(header, row)] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_readme(readme, plot, machine, results):
+    """Rewrite what stands in the file between the two markers."""
+    text = f"Measured on {machine_text(machine)}.\n"
+    if plot:
+        path = os.path.relpath(plot, readme.parent)
+        text += f"\n![The best peer's time over ours, case by case]({path})\n"
+    for title, table in tables(results).items():
+        text += f"\n{title}:\n\n{markdown_table(*table)}"
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(before + BEGIN + text + END + after)
+
+
+# ---- plot -----------------------------------------------------------------------------------
+
+AHEAD, BEHIND = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
+MARKS = {"": "o", "channels_last": "s"}
+
+
+def plot(path, machine, results):
+    """A row a case: the best peer's time over ours, on a log axis with a line at 1."""
+    shown = [r for r in results if not r["small"] and r["mode"] != "forward"] or results
+    figure = Figure(figsize=(9, 1.6 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for y, result in enumerate(shown):
+        peer = best(result, lambda name: not is_ours(name))
+        for ours in filter(is_ours, result["providers"]):
+            q1, q2, q3 = against(result, peer, ours)
+            color = AHEAD if q2 >= 1 else BEHIND
+            axes.plot([q1, q3], [y, y], color=color, lw=1.5)
+            axes.plot(q2, y, MARKS[layout(ours)], color=color, ms=6)
+        axes.text(1.01, y, peer, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        if y and result["op"] != shown[y - 1]["op"]:
+            axes.axhline(y - 0.5, color="0.8", lw=0.8)
+    axes.axvline(1, color="black", lw=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(shown)), [f"{r['op']} {r['case']}" for r in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("best peer's time / ours: right of the line, ours is faster")
+    axes.set_title("  best peer:", loc="right", fontsize=8)
+    for name, mark in MARKS.items():
+        axes.plot([], [], mark, color="0.4", label=name or "PyTorch's default layout")
+    axes.legend(fontsize=8)
+    figure.suptitle(machine_text(machine), fontsize=7)
+    with rc_context({"svg.hashsalt": "dlkernels"}):  # the same picture is the same file
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -13,10 +13,28 @@ import torch
 
 import dlkernels
 
-from . import bench_adam, bench_cross_entropy, bench_max_pool2d, report
+from . import (
+    bench_adam,
+    bench_conv2d_relu,
+    bench_cross_entropy,
+    bench_linear_relu,
+    bench_max_pool2d,
+    bench_relu,
+    report,
+)
 from .timing import Others, copy_roof, fma_roof, interleave
 
-OPS = {module.SMALL.op: module for module in (bench_max_pool2d, bench_cross_entropy, bench_adam)}
+MODULES = (
+    bench_linear_relu,
+    bench_conv2d_relu,
+    bench_max_pool2d,
+    bench_relu,
+    bench_cross_entropy,
+    bench_adam,
+)
+OPS = {module.SMALL.op: module for module in MODULES}
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 PEERS = ("numpy", "jax", "tensorflow")  # which of them is here is known when it is run
 
 
@@ -137,4 +155,4 @@ def bench(names, quick=False, json_file=None, plot=None, readme=None):
     if plot:
         report.plot(plot, where, results)
     if readme:
-        report.write_readme(readme, where, results)
+        report.write_readme(readme, plot, where, results)

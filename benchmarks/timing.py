@@ -13,16 +13,19 @@ from dlkernels import _C
 
 clock = time.perf_counter
 
-BATCH = 1e-3  # seconds: shorter ones would measure the clock
-SETTLE = 0.01  # OpenMP's threads spin this long after a region, on cores that the next one needs
-LONG = 0.02  # seconds a call: from here on, what a first call has to warm up does not count
+BATCH = 5e-3  # seconds: shorter ones would measure the clock and the caches of the step before
+SETTLE = 0.01  # OpenMP's threads spin this long after a region, on cores that the next step needs
+LONG = 0.02  # seconds a call: from here on caches and threads warm up within a small part of it
 
 
 def batch(step, seconds):
-    """Seconds a call of step(), over as many calls as one batch takes at `seconds` each."""
-    time.sleep(SETTLE)
+    """Seconds a call of step(), hot, over as many calls as one batch takes at `seconds` each."""
     if seconds < LONG:
-        step()
+        begin = clock()
+        while clock() - begin < BATCH:
+            step()
+    else:
+        time.sleep(SETTLE)
     calls = max(1, math.ceil(BATCH / seconds))
     begin = clock()
     for _ in range(calls):

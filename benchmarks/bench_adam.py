@@ -174,7 +174,7 @@ Adam.providers = {
     "dlkernels": torch_provider(dlkernels.optim.Adam),
 }
 
-SMALL = Adam("2 K", ((32, 63), (32,)))
+SMALL = Adam("784-32-10 (25 K)", ((32, 784), (32,), (10, 32), (10,)))
 CASES = [
     Adam("784-128-10 (102 K)", ((128, 784), (128,), (10, 128), (10,))),
     Adam("150 of 48x48 (346 K)", ((48, 48),) * 150),

@@ -84,10 +84,8 @@ class Conv2dReLU(Case):
                         if 0 <= (h := oh * s + kh - p) < H and 0 <= (w := ow * s + kw - p) < H
                     ]
                     for k in K:
-                        total = sum(
-                            image[c][h][w] * weight[k][c][kh][kw] for c, kh, kw, h, w in window
-                        )
-                        y[n][k][oh][ow] = max(0.0, total + bias[k])
+                        products = (image[c][h][w] * weight[k][c][i][j] for c, i, j, h, w in window)
+                        y[n][k][oh][ow] = max(0.0, sum(products) + bias[k])
                         if grad_y is None or y[n][k][oh][ow] == 0:
                             continue
                         g = grad_y[n][k][oh][ow]
@@ -131,13 +129,13 @@ class Conv2dReLU(Case):
         return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, weight, self.stride, pads), bias))
 
 
-SMALL = Conv2dReLU(2, 4, 12, 8, 3)
+SMALL = Conv2dReLU(4, 8, 14, 16, 3)
 SIZES = [
     (64, 32, 14, 64, 3),
+    (64, 1, 28, 32, 3),
     (64, 64, 32, 64, 3),
     (32, 128, 28, 128, 3),
     (32, 256, 14, 256, 3),
-    (64, 1, 28, 32, 3),
     (64, 3, 32, 64, 3),
     (16, 3, 224, 64, 7, 2),
     (64, 6, 14, 16, 5),

@@ -73,7 +73,7 @@ class LinearReLU(Case):
         return tf.nn.relu(tf.nn.bias_add(tf.matmul(x, weight), bias))
 
 
-SMALL = LinearReLU(8, 64, 16)
+SMALL = LinearReLU(32, 256, 64)
 SIZES = [
     (256, 784, 256),
     (64, 784, 128),

@@ -85,5 +85,5 @@ class MaxPool2d(Case):
         return tf.nn.max_pool2d(x, self.kernel, self.stride, "VALID")
 
 
-SMALL = MaxPool2d(2, 4, 16, 2, 2)
+SMALL = MaxPool2d(8, 16, 28, 2, 2)
 CASES = [MaxPool2d(64, 32, 28, 2, 2), MaxPool2d(64, 32, 28, 3, 2)]

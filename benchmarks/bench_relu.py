@@ -48,5 +48,5 @@ class ReLU(Case):
         return tf.nn.relu(x)
 
 
-SMALL = ReLU(4096)
+SMALL = ReLU(1 << 16)
 CASES = [ReLU(1 << 20), ReLU(1 << 14)]

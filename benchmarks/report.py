@@ -1,7 +1,10 @@
 """What results look like: tables on the terminal and in the README, and a plot."""
 
+import os
 from contextlib import contextmanager
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -43,6 +46,14 @@ def time_text(seconds):
     return f"{seconds / (size or 1e-6):.3g} {unit}"
 
 
+def ratio_text(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def error_text(x):
+    return f"{x:.0e}" if x else "0"
+
+
 # ---- tables: a header and rows of text, for the terminal and for Markdown --------------------
 
 
@@ -65,9 +76,9 @@ def main_table(results):
                     time_text(seconds),
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
-                    f"{against(result, 'torch', ours)[1]:.2f}",
+                    ratio_text(against(result, "torch", ours)[1]),
                     f"{100 * least / seconds:.2g} % {roof}",
-                    f"{providers[ours]['error']:.0e} / {providers[peer]['error']:.0e}",
+                    f"{error_text(providers[ours]['error'])} / {error_text(providers[peer]['error'])}",
                 ]
             )
     return [*header, "error, ours / peer's"], rows
@@ -86,7 +97,7 @@ def small_table(results):
     for result in results:
         ours = best(result, is_ours)
         peers = [best(result, wanted) for wanted in kinds.values()]
-        ratios = [f"{against(result, p, ours)[1]:.2g}" if p else "" for p in peers]
+        ratios = [ratio_text(against(result, p, ours)[1]) if p else "" for p in peers]
         seconds = median(result["providers"][ours]["seconds"])
         rows.append([result["op"], result["case"], result["mode"], time_text(seconds), *ratios])
     return ["op", "case", "mode", "ours", *kinds], rows
@@ -216,7 +227,7 @@ def plot(path, machine, results):
     axes.set_title("  best peer:", loc="right", fontsize=8)
     for name, mark in MARKS.items():
         axes.plot([], [], mark, color="0.4", label=name or "PyTorch's default layout")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(MARKS))
     figure.suptitle(machine_text(machine), fontsize=7)
     with rc_context({"svg.hashsalt": "dlkernels"}):  # the same picture is the same file
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

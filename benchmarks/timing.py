@@ -20,12 +20,10 @@ LONG = 0.02  # seconds a call: from here on caches and threads warm up within a 
 
 def batch(step, seconds):
     """Seconds a call of step(), hot, over as many calls as one batch takes at `seconds` each."""
-    if seconds < LONG:
-        begin = clock()
-        while clock() - begin < BATCH:
-            step()
-    else:
-        time.sleep(SETTLE)
+    time.sleep(SETTLE)
+    begin = clock()
+    while seconds < LONG and clock() - begin < BATCH:
+        step()
     calls = max(1, math.ceil(BATCH / seconds))
     begin = clock()
     for _ in range(calls):

@@ -59,7 +59,7 @@ def error_text(x):
 
 def main_table(results):
     """Every case against the best of all peers. A case has a row for each of our layouts."""
-    header = ["op", "case", "mode", "ours", "best peer", "ratio [quartiles]", "to torch", "of roof"]
+    header = ["op", "case", "ours", "best peer", "ratio [quartiles]", "to torch", "of roof"]
     rows = []
     for result in results:
         providers = result["providers"]
@@ -68,17 +68,17 @@ def main_table(results):
             seconds = median(providers[ours]["seconds"])
             q1, q2, q3 = against(result, peer, ours)
             roof, least = max(result["roofs"].items(), key=lambda item: item[1])
+            errors = [error_text(providers[name]["error"]) for name in (ours, peer)]
             rows.append(
                 [
                     result["op"],
                     " ".join([result["case"], layout(ours)]).strip(),
-                    result["mode"],
                     time_text(seconds),
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                     ratio_text(against(result, "torch", ours)[1]),
                     f"{100 * least / seconds:.2g} % {roof}",
-                    f"{error_text(providers[ours]['error'])} / {error_text(providers[peer]['error'])}",
+                    " / ".join(errors),
                 ]
             )
     return [*header, "error, ours / peer's"], rows
@@ -99,19 +99,24 @@ def small_table(results):
         peers = [best(result, wanted) for wanted in kinds.values()]
         ratios = [ratio_text(against(result, p, ours)[1]) if p else "" for p in peers]
         seconds = median(result["providers"][ours]["seconds"])
-        rows.append([result["op"], result["case"], result["mode"], time_text(seconds), *ratios])
-    return ["op", "case", "mode", "ours", *kinds], rows
+        rows.append([result["op"], result["case"], time_text(seconds), *ratios])
+    return ["op", "case", "ours", *kinds], rows
 
 
 def tables(results):
     """{title: table}: first what a user wants to know, then what one who chooses a library does."""
-    small = [r for r in results if r["small"]]
-    training = [r for r in results if not r["small"] and r["mode"] != "forward"]
-    forward = [r for r in results if not r["small"] and r["mode"] == "forward"]
+    forward = [r for r in results if r["mode"] == "forward"]
+    training = [r for r in results if r["mode"] != "forward"]
     found = {
-        "How many times faster than": small_table(small),
-        "The best peer's time / ours: above 1, ours is faster": main_table(training),
-        "The same, forward alone": main_table(forward),
+        "Forward and backward (Adam: a step): how many times faster we are than": small_table(
+            [r for r in training if r["small"]]
+        ),
+        "Forward and backward (Adam: a step): the best peer's time / ours": main_table(
+            [r for r in training if not r["small"]]
+        ),
+        "Forward alone: the best peer's time / ours": main_table(
+            [r for r in forward if not r["small"]]
+        ),
     }
     return {title: table for title, table in found.items() if table[1]}
 
@@ -119,7 +124,7 @@ def tables(results):
 def rich_table(title, header, rows):
     table = Table(title=title)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 3 else "right")
+        table.add_column(name, justify="left" if i < 2 else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -171,6 +176,11 @@ def show(results):
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 
 
+def has_markers(readme):
+    text = readme.read_text() if readme.exists() else ""
+    return -1 < text.find(BEGIN) < text.find(END)
+
+
 def markdown_table(header, rows):
     """A pipe table. Ratios below 1 are bold: where we are slower must be seen."""
 
@@ -191,9 +201,8 @@ def write_readme(readme, plot, machine, results):
         text += f"\n![The best peer's time over ours, case by case]({path})\n"
     for title, table in tables(results).items():
         text += f"\n{title}:\n\n{markdown_table(*table)}"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(before + BEGIN + text + END + after)
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + BEGIN + text + END + rest.partition(END)[2])
 
 
 # ---- plot -----------------------------------------------------------------------------------

@@ -37,9 +37,10 @@ def bench(parser, args):
         parser.exit(1, f"dlkernels bench needs {error.name}: pip install 'dlkernels[bench]'\n")
     for op in args.ops:
         if op not in suite.OPS:
-            parser.error(
-                f"argument OP: invalid choice: {op!r} (choose from {', '.join(suite.OPS)})"
-            )
+            known = ", ".join(suite.OPS)
+            parser.error(f"argument OP: invalid choice: {op!r} (choose from {known})")
+    if args.readme and not suite.report.has_markers(args.readme):
+        parser.error(f"argument --readme: {str(args.readme)!r} has no bench markers")
     suite.bench(args.ops, args.quick, args.json, args.plot, args.readme)
 
 

@@ -33,9 +33,12 @@ MODULES = (
     bench_adam,
 )
 OPS = {module.SMALL.op: module for module in MODULES}
+PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
+SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_", "OMP_", "GOMP_", "DLKERNELS_", "ATEN_")
+
+# Before their first import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-PEERS = ("numpy", "jax", "tensorflow")  # which of them is here is known when it is run
 
 
 def missing():
@@ -102,14 +105,16 @@ def run(case, mode, quick, machine):
     }
 
 
-def jobs(names, quick):
-    """What there is to run: {what: function of the machine that returns a result}."""
-    found = {}
-    for op in names or OPS:
-        for case in cases(op, quick):
-            for mode in case.modes[-1:] if quick else case.modes:
-                found[f"{op} {case} {mode}"] = partial(run, case, mode, quick)
-    return found
+def op_jobs(op, quick):
+    """What there is to run of an op: {what: function of the machine that returns a result}."""
+    return {
+        f"{op} {case} {mode}": partial(run, case, mode, quick)
+        for case in cases(op, quick)
+        for mode in (case.modes[-1:] if quick else case.modes)
+    }
+
+
+JOBS = {op: partial(op_jobs, op) for op in OPS}  # all that `dlkernels bench` knows by name
 
 
 def cpu_model():
@@ -134,6 +139,7 @@ def machine():
             "torch": torch.__version__,
             **{name: import_module(name).__version__ for name in peers},
         },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "date": datetime.date.today().isoformat(),
         "flops_per_second": fma_roof(),
         "busy_cores": busy,
@@ -144,10 +150,12 @@ def bench(names, quick=False, json_file=None, plot=None, readme=None):
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
-    work, results = jobs(names, quick), []
-    with report.progress(len(work)) as advance:
-        for what, job in work.items():
-            advance(what)
+    jobs, results = {}, []
+    for name in names or JOBS:
+        jobs |= JOBS[name](quick)
+    with report.progress(len(jobs)) as begin:
+        for what, job in jobs.items():
+            begin(what)
             results.append(job(where))
     report.show(results)
     if json_file:

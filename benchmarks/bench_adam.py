@@ -40,7 +40,10 @@ class Adam(Case):
         }
 
     def bytes(self, mode):  # four arrays read, three of them written
-        return 28 * sum(int(np.prod(shape)) for shape in self.shapes)
+        return 7 * self.footprint(mode) // 4
+
+    def footprint(self, mode):
+        return 16 * sum(int(np.prod(shape)) for shape in self.shapes)
 
     def exact(self, inputs):
         return torch_provider(torch.optim.Adam, dtype=torch.float64)(self, inputs)

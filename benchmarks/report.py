@@ -51,6 +51,10 @@ def ratio_text(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
+def percent_text(x):
+    return f"{100 * x:.0f} %" if x >= 0.1 else f"{100 * x:.2g} %"
+
+
 def error_text(x):
     return f"{x:.0e}" if x else "0"
 
@@ -87,7 +91,7 @@ def main_table(results):
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                     ratio_text(against(result, "torch", ours)[1]),
-                    f"{100 * least / seconds:.2g} % {roof}",
+                    f"{percent_text(least / seconds)} {roof}",
                     " / ".join(errors),
                 ]
             )

@@ -98,7 +98,7 @@ def run(case, mode, quick, machine):
         "bytes": size,
         "roofs": {  # seconds
             "compute": flops / machine["flops_per_second"],
-            "memory": size / copy_roof(size),
+            "memory": size / copy_roof(case.footprint(mode)),
         },
         "busy_cores": busy,
         "providers": {name: {"seconds": times[name], "error": errors[name]} for name in steps},

@@ -40,6 +40,8 @@ def bench(parser, args):
         if name not in suite.JOBS:
             known = ", ".join(suite.JOBS)
             parser.error(f"argument OP: invalid choice: {name!r} (choose from {known})")
+    if args.plot and args.plot.suffix not in (".svg", ".png"):
+        parser.error(f"argument --plot: must end in .svg or .png, got {str(args.plot)!r}")
     if args.readme and not suite.report.has_markers(args.readme):
         parser.error(f"argument --readme: {str(args.readme)!r} has no bench markers")
     try:
@@ -61,7 +63,7 @@ def main(argv=None):
     add("--threads", type=threads, metavar="N", help="of every framework")
     add("--quick", action="store_true", help="few cases and peers that need no long compilation")
     add("--json", type=output, metavar="FILE", help="write every round of every provider")
-    add("--plot", type=output, metavar="FILE", help="write a plot, an SVG or PNG")
+    add("--plot", type=output, metavar="FILE", help="write a plot, .svg or .png")
     add("--readme", type=output, metavar="FILE", help="rewrite its part between the bench markers")
 
     args = parser.parse_args(argv)

@@ -113,7 +113,8 @@ def test_bench(tmp_path, capsys):
         (["conv3d"], "argument OP: invalid choice: 'conv3d' (choose from linear_relu, "),
         (["--threads", "0"], "argument --threads: must be from 1 to "),
         (["--json", "/no/such/folder/b.json"], "argument --json: must be a file in an existing"),
-        (["--readme", __file__], "argument --readme: "),
+        (["--plot", "bench.txt"], "argument --plot: must end in .svg or .png"),
+        (["--readme", "none.md"], "argument --readme: 'none.md' has no bench markers"),
     ],
 )
 def test_bad_arguments(args, message, capsys):

@@ -9,15 +9,15 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
 SOURCES := setup.py build_backend.py pyproject.toml \
-  $(shell find csrc dlkernels -not -name '*.so' -not -path '*__pycache__*')
+  $(shell find csrc dlkernels benchmarks -not -name '*.so' -not -path '*__pycache__*')
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize bench lint format clean
+.PHONY: help train test sanitize bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)'
 
 train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train the MLP and the CNN on handwritten digits
@@ -32,8 +32,11 @@ test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everyt
 sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
 	build/kernels_test
 
-bench: $(VENV)/.dlkernels $(VENV)/.test  ## run the benchmarks
-	cd benchmarks && $(PY) -m pytest
+bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
+	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
+
+bench-quick: $(VENV)/.dlkernels $(VENV)/.bench  ## the same in three minutes: few cases, shown and not written
+	cd benchmarks && $(PY) -m dlkernels bench --quick
 
 lint: $(VENV)/.lint  ## check style and the rules of the house
 	$(PY) -m ruff check .
@@ -66,7 +69,7 @@ $(VENV)/.torch: | $(PY)
 	$(PIP) '$(TORCH)' 'setuptools>=77' ninja
 	touch $@
 
-$(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(PY)
+$(VENV)/.bench $(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(PY)
 	$(PIP) $(call extra,$*)
 	touch $@
 

@@ -1,35 +1,127 @@
-"""Timing, written once: one provider's time is a row in its case's group of pytest-benchmark."""
+"""The one place that measures time: steps in turns, the machine's roofs, the load of others."""
+
+import gc
+import math
+import os
+import random
+import statistics
+import time
 
 import torch
 
-import dlkernels
+from dlkernels import _C
+
+clock = time.perf_counter
+
+BATCH = 5e-3  # seconds: shorter ones would measure the clock and the caches of the step before
+SETTLE = 0.01  # OpenMP's threads spin this long after a region, on cores that the next step needs
+LONG = 0.02  # seconds a call: from here on caches and threads warm up within a small part of it
 
 
-def forward_backward(benchmark, case, provider, f, inputs, flops=None):
-    """Times f(*inputs) and the gradients of all inputs that require one.
-
-    Rows of one case form a group; `extra_info` says what they ran on, and GFLOP/s where the number
-    of floating-point operations is given.
-    """
-    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    y = f(*inputs)
-    grad_y = torch.ones_like(y)
-
-    def step():
-        return torch.autograd.grad(f(*inputs), wanted, grad_y)
-
-    report(benchmark, case, provider, step, flops)
-
-
-def report(benchmark, case, provider, step, flops=None):
-    """Times step() as `provider`'s row in the group `case`."""
-    benchmark.group = case
-    benchmark.name = provider
-    benchmark.extra_info.update(
-        torch=torch.__version__, isa=dlkernels.info()["isa"], threads=torch.get_num_threads()
-    )
-    for _ in range(3):
+def batch(step, seconds):
+    """Seconds a call of step(), hot, over as many calls as one batch takes at `seconds` each."""
+    time.sleep(SETTLE)
+    begin = clock()
+    while seconds < LONG and clock() - begin < BATCH:
         step()
-    benchmark(step)
-    if flops and benchmark.stats:
-        benchmark.extra_info["GFLOP/s"] = flops / benchmark.stats.stats.median / 1e9
+    calls = max(1, math.ceil(BATCH / seconds))
+    begin = clock()
+    for _ in range(calls):
+        step()
+    return (clock() - begin) / calls
+
+
+def interleave(steps, rounds=30, seconds=1.0, share=2.0):
+    """Time steps, {name: callable}, in turns, each round in another order.
+
+    It takes `rounds` rounds and `seconds` seconds at least. A step that has had `share` seconds
+    sits out after five rounds.
+
+    Returns:
+        {name: [seconds a call in each round, None where it sat out]}
+    """
+    times = {name: [] for name in steps}
+    spent = dict.fromkeys(steps, 0.0)
+    estimate = {}
+    gc.collect()
+    gc.disable()  # a collection would be some step's bad luck
+    try:
+        for name, step in steps.items():  # the first call may compile, the next ones are warm
+            step()
+            begin = clock()
+            step()
+            estimate[name] = clock() - begin
+        begin, done = clock(), 0
+        while done < rounds or clock() - begin < seconds:
+            active = [name for name in steps if done < 5 or spent[name] < share]
+            if not active:
+                break
+            for name in random.sample(active, len(active)):
+                start = clock()
+                times[name].append(batch(steps[name], estimate[name]))
+                spent[name] += clock() - start
+            done += 1
+            for name in steps:
+                times[name] += [None] * (done - len(times[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def median(times):
+    return statistics.median(t for t in times if t)
+
+
+def ratio(over, under):
+    """First quartile, median and third quartile of over / under, round by round."""
+    return statistics.quantiles([a / b for a, b in zip(over, under) if a and b], n=4)
+
+
+# ---- roofs: what the machine could do at best -----------------------------------------------
+
+
+def fastest(step, rounds=20):
+    """Seconds a call of step() in the best of some batches."""
+    step()
+    begin = clock()
+    step()
+    estimate = clock() - begin
+    return min(batch(step, estimate) for _ in range(rounds))
+
+
+def fma_roof():
+    """FLOP/s of fused multiply-adds that wait for nothing, on all of torch's threads."""
+    times = 100_000
+    return _C.multiply_add(times) / fastest(lambda: _C.multiply_add(times))
+
+
+def copy_roof(size):
+    """Bytes/s read and written by a copy that touches `size` bytes, in whichever cache they fit."""
+    n = max(size, 2**20) // 8  # a smaller copy would time its call
+    source, target = torch.ones(n), torch.ones(n)
+    return 8 * n / fastest(lambda: target.copy_(source), rounds=10)
+
+
+# ---- load -----------------------------------------------------------------------------------
+
+
+class Others:
+    """CPU time of other processes since this was made."""
+
+    BUSY = 0.2  # cores: an OpenMP region waits for its slowest thread
+
+    def __init__(self):
+        self.begin = self._now()
+
+    def _now(self):
+        with open("/proc/stat") as file:
+            user, nice, system, _idle, _wait, irq, softirq, stolen = map(
+                int, file.readline().split()[1:9]
+            )
+        machine = (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+        return clock(), machine - sum(os.times()[:4])
+
+    def cores(self):
+        """How many cores they kept busy."""
+        (t0, cpu0), (t1, cpu1) = self.begin, self._now()
+        return max(0.0, (cpu1 - cpu0) / (t1 - t0))

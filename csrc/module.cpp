@@ -46,5 +46,17 @@ PYBIND11_MODULE(_C, m) {
       "Whether every tensor of these lists is a plain one that CPU kernels of ours take; quick, "
       "for "
       "the hundreds an optimizer has.");
+  m.def(
+      "multiply_add",
+      [](int64_t times) {
+        const cpu::Kernels& table = cpu::kernels();
+        const int64_t threads = at::get_num_threads();
+        std::atomic<int64_t> finite = 0;
+        at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) finite += std::isfinite(table.multiply_add(times));
+        });
+        return finite * times * table.multiply_add_flops;
+      },
+      "Multiply-adds alone, on all threads: how many FLOPs were done (the roof in benchmarks).");
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
 }

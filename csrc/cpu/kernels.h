@@ -158,6 +158,11 @@ struct Kernels {
   // the gradient made by cross_entropy. Rows [begin, end).
   void (*cross_entropy_backward)(const CrossEntropy& rows, const float* grad_y, int64_t step,
                                  int64_t begin, int64_t end);
+
+  // As many multiply-adds as fit into registers, `times` times: multiply_add_flops a time. The
+  // result says that they were done.
+  int64_t multiply_add_flops;
+  float (*multiply_add)(int64_t times);
 };
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own

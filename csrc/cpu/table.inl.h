@@ -15,6 +15,7 @@ namespace {
 #include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
 #include "max_pool2d.inl.h"
+#include "probe.inl.h"
 #include "relu.inl.h"
 }  // namespace
 
@@ -37,6 +38,8 @@ constinit const Kernels ISA = {
     .adam = adam,
     .cross_entropy = cross_entropy,
     .cross_entropy_backward = cross_entropy_backward,
+    .multiply_add_flops = 2 * kProbeChains * Vec::kWidth,
+    .multiply_add = multiply_add,
 };
 
 }  // namespace dlkernels::cpu

@@ -1,0 +1,1 @@
+"""How fast the ops are: ``dlkernels bench``, and ``pytest benchmarks``."""

@@ -1,0 +1,247 @@
+"""What results look like: tables on the terminal and in the README, and a plot."""
+
+import os
+from contextlib import contextmanager
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from .timing import Others, median, ratio
+
+console = Console(highlight=False, markup=False)
+if not console.is_terminal:
+    console.width = 150  # a file or a pipe has room for whole tables
+
+
+# ---- results --------------------------------------------------------------------------------
+
+
+def is_ours(provider):
+    return provider.startswith("dlkernels")
+
+
+def best(result, wanted):
+    """The quickest of the providers whose name `wanted` accepts, or None."""
+    times = {name: p["seconds"] for name, p in result["providers"].items() if wanted(name)}
+    return min(times, key=lambda name: median(times[name]), default=None)
+
+
+def against(result, peer, ours):
+    """Quartiles of the peer's time over ours."""
+    p = result["providers"]
+    return ratio(p[peer]["seconds"], p[ours]["seconds"])
+
+
+def layout(ours):
+    return ours.removeprefix("dlkernels").strip()
+
+
+def time_text(seconds):
+    unit, size = next(
+        (unit, size) for unit, size in (("s", 1), ("ms", 1e-3), ("us", 0)) if seconds >= size
+    )
+    return f"{seconds / (size or 1e-6):.3g} {unit}"
+
+
+def ratio_text(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def percent_text(x):
+    return f"{100 * x:.0f} %" if x >= 0.1 else f"{100 * x:.2g} %"
+
+
+def error_text(x):
+    return f"{x:.0e}" if x else "0"
+
+
+# ---- tables: a header and rows of text, for the terminal and for Markdown --------------------
+
+KINDS = {
+    "a Python loop": lambda name: name == "python",
+    "NumPy": lambda name: name == "numpy",
+    "PyTorch's best": lambda name: name.startswith(("torch", "compile")),
+    "JAX": lambda name: name == "jax",
+    "TensorFlow": lambda name: name == "tensorflow",
+}
+RATIOS = {"ratio [quartiles]", "to torch", *KINDS}  # columns: a peer's time over ours
+
+
+def main_table(results):
+    """Every case against the best of all peers. A case has a row for each of our layouts."""
+    header = ["op", "case", "ours", "best peer", "ratio [quartiles]", "to torch", "of roof"]
+    rows = []
+    for result in results:
+        providers = result["providers"]
+        peer = best(result, lambda name: not is_ours(name))
+        for ours in filter(is_ours, providers):
+            seconds = median(providers[ours]["seconds"])
+            q1, q2, q3 = against(result, peer, ours)
+            roof, least = max(result["roofs"].items(), key=lambda item: item[1])
+            errors = [error_text(providers[name]["error"]) for name in (ours, peer)]
+            rows.append(
+                [
+                    result["op"],
+                    " ".join([result["case"], layout(ours)]).strip(),
+                    time_text(seconds),
+                    peer,
+                    f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
+                    ratio_text(against(result, "torch", ours)[1]),
+                    f"{percent_text(least / seconds)} {roof}",
+                    " / ".join(errors),
+                ]
+            )
+    return [*header, "error, ours / peer's"], rows
+
+
+def small_table(results):
+    """How many times faster than each kind of peer, where Python loops take part."""
+    rows = []
+    for result in results:
+        ours = best(result, is_ours)
+        peers = [best(result, wanted) for wanted in KINDS.values()]
+        ratios = [ratio_text(against(result, p, ours)[1]) if p else "" for p in peers]
+        seconds = median(result["providers"][ours]["seconds"])
+        rows.append([result["op"], result["case"], time_text(seconds), *ratios])
+    return ["op", "case", "ours", *KINDS], rows
+
+
+def tables(results):
+    """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    forward = [r for r in results if r["mode"] == "forward"]
+    training = [r for r in results if r["mode"] != "forward"]
+    found = {
+        "Forward and backward (Adam: a step): how many times faster we are than": small_table(
+            [r for r in training if r["small"]]
+        ),
+        "Forward and backward (Adam: a step): the best peer's time / ours": main_table(
+            [r for r in training if not r["small"]]
+        ),
+        "Forward alone: the best peer's time / ours": main_table(
+            [r for r in forward if not r["small"]]
+        ),
+    }
+    return {title: table for title, table in found.items() if table[1]}
+
+
+def is_slower(name, text):
+    """Whether this cell of the column `name` says that we are slower: it must be seen."""
+    return name in RATIOS and text != "" and float(text.split()[0].replace(",", "")) < 1
+
+
+# ---- terminal -------------------------------------------------------------------------------
+
+
+def machine_text(machine):
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['isa']}, "
+        f"{machine['threads']} threads, {machine['flops_per_second'] / 1e9:.0f} GFLOP/s at most; "
+        f"{versions}; {machine['date']}"
+    )
+
+
+def show_machine(machine, missing):
+    console.print(machine_text(machine))
+    for name in missing:
+        console.print(f"not installed, so left out: {name}")
+    warn_if_busy("now", machine["busy_cores"])
+
+
+def warn_if_busy(when, cores):
+    if cores > Others.BUSY:
+        text = (
+            f"WARNING: other processes kept {cores:.1f} cores busy {when}: do not trust the times"
+        )
+        console.print(text, style="bold red")
+
+
+@contextmanager
+def progress(total):
+    """A bar where a terminal watches; yields the function that names what begins."""
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=-1)
+        yield lambda what: bar.update(task, advance=1, description=what)
+
+
+def show(results):
+    for title, (header, rows) in tables(results).items():
+        table = Table(title=title)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in rows:
+            styles = ("red" if is_slower(name, text) else "" for name, text in zip(header, row))
+            table.add_row(*(Text(text, style) for text, style in zip(row, styles)))
+        console.print(table)
+    warn_if_busy("during a case", max(r["busy_cores"] for r in results))
+
+
+# ---- README ---------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
+
+
+def has_markers(readme):
+    text = readme.read_text() if readme.exists() else ""
+    return -1 < text.find(BEGIN) < text.find(END)
+
+
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        lines.append([f"**{t}**" if is_slower(name, t) else t for name, t in zip(header, row)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_readme(readme, plot, machine, results):
+    """Rewrite what stands in the file between the two markers: whole tables are folded away."""
+    (title, table), *others = tables(results).items()
+    text = f"On {machine_text(machine)}.\n\n{title}:\n\n{markdown_table(*table)}"
+    if plot:
+        path = os.path.relpath(plot, readme.parent)
+        text += f"\n![The best peer's time over ours, case by case]({path})\n"
+    for title, table in others:
+        text += f"\n<details><summary>{title}</summary>\n\n{markdown_table(*table)}\n</details>\n"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+
+
+# ---- plot -----------------------------------------------------------------------------------
+
+AHEAD, BEHIND = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
+MARKS = {"": "o", "channels_last": "s"}
+
+
+def plot(path, machine, results):
+    """A row a case: the best peer's time over ours, on a log axis with a line at 1."""
+    shown = [r for r in results if not r["small"] and r["mode"] != "forward"] or results
+    figure = Figure(figsize=(9, 1.6 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for y, result in enumerate(shown):
+        peer = best(result, lambda name: not is_ours(name))
+        for ours in filter(is_ours, result["providers"]):
+            q1, q2, q3 = against(result, peer, ours)
+            color = AHEAD if q2 >= 1 else BEHIND
+            axes.plot([q1, q3], [y, y], color=color, lw=1.5)
+            axes.plot(q2, y, MARKS[layout(ours)], color=color, ms=6)
+        axes.text(1.01, y, peer, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        if y and result["op"] != shown[y - 1]["op"]:
+            axes.axhline(y - 0.5, color="0.8", lw=0.8)
+    axes.axvline(1, color="black", lw=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(shown)), [f"{r['op']} {r['case']}" for r in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("best peer's time / ours: right of the line, ours is faster")
+    axes.set_title("  best peer:", loc="right", fontsize=8)
+    for name, mark in MARKS.items():
+        axes.plot([], [], mark, color="0.4", label=name or "PyTorch's default layout")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(MARKS))
+    figure.suptitle(machine_text(machine), fontsize=7)
+    with rc_context({"svg.hashsalt": "dlkernels"}):  # the same picture is the same file
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,166 @@
+"""All cases, and what running one gives: a plain dict, which report.py shows and --json keeps."""
+
+import datetime
+import json
+import os
+import platform
+import time
+from functools import partial
+from importlib import import_module, util
+
+import numpy as np
+import torch
+
+import dlkernels
+
+from . import (
+    bench_adam,
+    bench_conv2d_relu,
+    bench_cross_entropy,
+    bench_linear_relu,
+    bench_max_pool2d,
+    bench_relu,
+    report,
+)
+from .timing import Others, copy_roof, fma_roof, interleave
+
+MODULES = (
+    bench_linear_relu,
+    bench_conv2d_relu,
+    bench_max_pool2d,
+    bench_relu,
+    bench_cross_entropy,
+    bench_adam,
+)
+OPS = {module.SMALL.op: module for module in MODULES}
+PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
+SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_", "OMP_", "GOMP_", "DLKERNELS_", "ATEN_")
+
+# Before their first import.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def missing():
+    return [name for name in PEERS if util.find_spec(name) is None]
+
+
+def cases(op, quick=False):
+    """The cases of an op, the one for Python loops first."""
+    module = OPS[op]
+    return [module.SMALL, *module.CASES[: 2 if quick else None]]
+
+
+def providers(case, quick=False):
+    """Who computes a case, by name."""
+    out = {*missing()}
+    if case != OPS[case.op].SMALL:
+        out |= {"python", "numpy"}  # seconds a call
+    if quick:
+        out |= {"compile", "compile channels_last", "tensorflow"}  # seconds to compile
+    return {name: build for name, build in case.providers.items() if name not in out}
+
+
+def prepare(case, mode, builds):
+    """Builds every provider's step and calls it once.
+
+    Returns:
+        {name: step} and {name: its largest error against float64, of the largest value}
+    """
+    inputs = case.arrays(mode)
+    run, arrays = case.exact(inputs)
+    exact = [np.array(a) for a in arrays(run())]
+    steps, errors = {}, {}
+    for name, build in builds.items():
+        steps[name], arrays = build(case, inputs)
+        results = arrays(steps[name]())
+        assert [r.shape for r in results] == [e.shape for e in exact], (name, case)
+        errors[name] = max(
+            float(np.abs(r - e).max() / np.abs(e).max()) for r, e in zip(results, exact)
+        )
+    return steps, errors
+
+
+def run(case, mode, quick, machine):
+    """Time all providers of a case beside one another."""
+    steps, errors = prepare(case, mode, providers(case, quick))
+    others = Others()
+    short = {"rounds": 10, "seconds": 0.3, "share": 1.0} if quick else {}
+    times = interleave(steps, **short)
+    busy = others.cores()
+    flops, size = case.flops(mode), case.bytes(mode)
+    return {
+        "op": case.op,
+        "case": str(case),
+        "mode": mode,
+        "small": case == OPS[case.op].SMALL,
+        "flops": flops,
+        "bytes": size,
+        "roofs": {  # seconds
+            "compute": flops / machine["flops_per_second"],
+            "memory": size / copy_roof(case.footprint(mode)),
+        },
+        "busy_cores": busy,
+        "providers": {name: {"seconds": times[name], "error": errors[name]} for name in steps},
+    }
+
+
+def op_jobs(op, quick):
+    """What there is to run of an op: {what: function of the machine that returns a result}."""
+    return {
+        f"{op} {case} {mode}": partial(run, case, mode, quick)
+        for case in cases(op, quick)
+        for mode in (case.modes[-1:] if quick else case.modes)
+    }
+
+
+JOBS = {op: partial(op_jobs, op) for op in OPS}  # all that `dlkernels bench` knows by name
+
+
+def cpu_model():
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def machine():
+    """What the times were taken on."""
+    others = Others()
+    time.sleep(0.3)
+    busy = others.cores()
+    peers = [name for name in PEERS if name not in missing()]
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": dlkernels.info()["isa"],
+        "python": platform.python_version(),
+        "versions": {
+            "torch": torch.__version__,
+            **{name: import_module(name).__version__ for name in peers},
+        },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
+        "date": datetime.date.today().isoformat(),
+        "flops_per_second": fma_roof(),
+        "busy_cores": busy,
+    }
+
+
+def bench(names, quick=False, json_file=None, plot=None, readme=None):
+    """The command ``dlkernels bench``."""
+    where = machine()
+    report.show_machine(where, missing())
+    jobs, results = {}, []
+    for name in names or JOBS:
+        jobs |= JOBS[name](quick)
+    with report.progress(len(jobs)) as begin:
+        for what, job in jobs.items():
+            begin(what)
+            results.append(job(where))
+    report.show(results)
+    if json_file:
+        json_file.write_text(json.dumps({"machine": where, "results": results}, indent=1))
+    if plot:
+        report.plot(plot, where, results)
+    if readme:
+        report.write_readme(readme, plot, where, results)

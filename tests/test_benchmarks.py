@@ -1,0 +1,148 @@
+"""The benchmarks compare like with like, and their command line works."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import dlkernels.benchmarks
+from dlkernels.__main__ import main
+from dlkernels.benchmarks import report, suite
+from dlkernels.benchmarks.timing import interleave, median, ratio
+
+SMALL = [
+    pytest.param(case, mode, id=f"{op} {mode}")
+    for op in suite.OPS
+    for case in suite.cases(op)[:1]
+    for mode in case.modes
+]
+
+
+@pytest.mark.parametrize(("case", "mode"), SMALL)
+def test_every_provider_computes_the_same(case, mode):
+    # prepare() itself checks that there are as many results, of the same shapes.
+    _, errors = suite.prepare(case, mode, suite.providers(case))
+    assert {"python", "numpy", "torch", "compile", "dlkernels"} <= set(errors)
+    assert all(error < 5e-6 for error in errors.values()), errors
+
+
+def test_an_error_is_seen():
+    case = suite.cases("relu")[0]
+    off = {"off": lambda case, inputs: (lambda: [inputs["x"] * 1.01], lambda results: results)}
+    assert suite.prepare(case, "forward", off)[1]["off"] > 0.5
+
+
+@pytest.mark.parametrize("op", suite.OPS)
+def test_every_case_counts_its_work(op):
+    for case in suite.cases(op):
+        work = [(case.flops(mode), case.bytes(mode)) for mode in case.modes]
+        assert work == sorted(work) and all(size > 0 for _, size in work)
+    assert len(suite.cases(op, quick=True)) == 3
+    quick = suite.providers(suite.cases(op)[1], quick=True)
+    assert "torch" in quick and not {"python", "compile", "tensorflow"} & set(quick)
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """Time that passes only where a step says so."""
+    now = [0.0]
+
+    def passes(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr("dlkernels.benchmarks.timing.clock", lambda: now[0])
+    monkeypatch.setattr("time.sleep", passes)
+    return passes
+
+
+def test_interleave(fake_clock):
+    steps = {"a": lambda: fake_clock(0.001), "b": lambda: fake_clock(0.004)}
+    times = interleave(steps, rounds=8, seconds=0)
+    assert [len(t) for t in times.values()] == [8, 8]
+    assert ratio(times["b"], times["a"]) == pytest.approx([4, 4, 4])
+    assert median(times["b"]) == pytest.approx(0.004)
+
+
+def test_interleave_lets_slow_steps_sit_out(fake_clock):
+    steps = {"slow": lambda: fake_clock(3.0), "quick": lambda: fake_clock(0.001)}
+    times = interleave(steps, rounds=30, seconds=0)
+    assert [t is None for t in times["slow"]] == [False] * 5 + [True] * 25
+    assert None not in times["quick"]
+    assert ratio(times["slow"], times["quick"])[1] == pytest.approx(3000)
+
+
+def test_interleave_ends_when_all_sit_out(fake_clock):
+    assert len(interleave({"slow": lambda: fake_clock(3.0)})["slow"]) == 5
+
+
+# ---- command line -----------------------------------------------------------------------------
+
+
+def test_bench(tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("b.json", "b.svg", "README.md")}
+    files["README.md"].write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    options = ["--json", files["b.json"], "--plot", files["b.svg"], "--readme", files["README.md"]]
+    main(["bench", "cross_entropy", "--quick", *map(str, options)])
+    out = capsys.readouterr().out
+    assert "128x1000" in out and "a Python loop" in out
+
+    found = json.loads(files["b.json"].read_text())
+    assert found["machine"]["flops_per_second"] > 1e9 and found["machine"]["versions"]["torch"]
+    small, *cases = found["results"]
+    assert small["small"] and "python" in small["providers"]
+    assert [case["case"] for case in cases] == ["128x1000", "4096x1000"]
+    for result in found["results"]:
+        assert result["roofs"]["memory"] > 0
+        for provider in result["providers"].values():
+            assert len(provider["seconds"]) >= 5 and math.isfinite(provider["error"])
+
+    assert files["b.svg"].read_text().lstrip().startswith("<?xml")
+    text = files["README.md"].read_text()
+    assert text.startswith(f"before\n{report.BEGIN}") and text.endswith(f"{report.END}after\n")
+    assert "old" not in text and "](b.svg)" in text and "| cross_entropy | 128x1000 |" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["conv3d"], "argument OP: invalid choice: 'conv3d' (choose from linear_relu, "),
+        (["--threads", "0"], "argument --threads: must be from 1 to "),
+        (["--json", "/no/such/folder/b.json"], "argument --json: must be a file in an existing"),
+        (["--plot", "bench.txt"], "argument --plot: must end in .svg or .png"),
+        (["--readme", "none.md"], "argument --readme: 'none.md' has no bench markers"),
+    ],
+)
+def test_bad_arguments(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *args])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in ("suite", "report"):
+        monkeypatch.delitem(sys.modules, f"dlkernels.benchmarks.{name}")
+        monkeypatch.delattr(dlkernels.benchmarks, name)
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench"])
+    message = "dlkernels bench needs rich: pip install 'dlkernels[bench]'\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == message
+
+
+def test_slower_is_seen():
+    header = ["op", "ratio [quartiles]"]
+    table = report.markdown_table(header, [["a", "0.99 [0.9, 1.1]"], ["b", "1.01 [0.9, 1.1]"]])
+    assert "| **0.99 [0.9, 1.1]** |" in table and "| 1.01 [0.9, 1.1] |" in table
+
+
+def test_inputs_repeat():
+    case = suite.cases("conv2d_relu")[0]
+    one, two = case.arrays("forward"), case.arrays("forward")
+    assert all(np.array_equal(one[name], two[name]) for name in one) and "grad_y" not in one

@@ -1,7 +1,7 @@
 """The models whose training steps are timed whole, with PyTorch, JAX, TensorFlow and our kernels.
 
-A provider is a function build(model, batch) -> step; step() does one step of Adam on always the same
-batch and returns the loss. All start from the same weights and images, so their losses agree.
+A provider is a function build(model, batch) -> step; step() does one step of Adam, on always the
+same images, and returns the loss. All start from the same weights, so their losses agree.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,9 @@ MODELS = {
 # ---- PyTorch and dlkernels ------------------------------------------------------------------
 
 
-def torch_step(model, batch, convert=False, channels_last=False, fused=None, dtype=torch.float32):
+def torch_step(
+    model, batch, convert=False, channels_last=False, fused=None, compile=False, dtype=torch.float32
+):
     net, (x, y) = model.torch().to(dtype), map(torch.from_numpy, model.data(batch))
     x = x.to(dtype)
     if channels_last and x.dim() == 4:
@@ -83,9 +85,15 @@ def torch_step(model, batch, convert=False, channels_last=False, fused=None, dty
         loss_fn = nn.CrossEntropyLoss()
         optimizer = torch.optim.Adam(net.parameters(), LR, (BETA1, BETA2), EPS, fused=fused)
 
+    def forward(x, y):
+        return loss_fn(net(x), y)
+
+    if compile:  # but not the optimizer: its fused step is faster
+        forward = torch.compile(forward)
+
     def step():
         optimizer.zero_grad()
-        loss = loss_fn(net(x), y)
+        loss = forward(x, y)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -220,3 +228,21 @@ def tensorflow_step(model, batch):
         return loss
 
     return lambda: train(x, y)
+
+
+# ---- who takes part: " tuned" behind a name is dlkernels.tune_allocator() -----------------------
+
+PROVIDERS = {
+    "torch": torch_step,
+    "torch fused": partial(torch_step, fused=True),
+    "torch channels_last fused": partial(torch_step, channels_last=True, fused=True),
+    "compile": partial(torch_step, channels_last=True, fused=True, compile=True),
+    "jax": jax_step,
+    "tensorflow": tensorflow_step,
+    "dlkernels": partial(torch_step, convert=True),
+    "dlkernels channels_last": partial(torch_step, convert=True, channels_last=True),
+}
+
+
+def build(provider, model, batch):
+    return PROVIDERS[provider.removesuffix(" tuned")](model, batch)

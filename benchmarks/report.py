@@ -103,8 +103,57 @@ def small_table(results):
     return ["op", "case", "ours", *kinds], rows
 
 
+def step_table(results):
+    """Every training step: our best provider against the best peer."""
+    header = [
+        "training step",
+        "ours",
+        "",
+        "best peer",
+        "",
+        "ratio [quartiles]",
+        "ratio, both default",
+    ]
+    rows = []
+    for result in results:
+        providers = result["providers"]
+        ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
+        q1, q2, q3 = against(result, peer, ours)
+        rows.append(
+            [
+                result["case"],
+                ours,
+                time_text(median(providers[ours]["seconds"])),
+                peer,
+                time_text(median(providers[peer]["seconds"])),
+                f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
+                f"{against(result, 'torch', 'dlkernels')[1]:.2f}",
+                " / ".join(error_text(providers[name]["error"]) for name in (ours, peer)),
+            ]
+        )
+    return [*header, "loss's error, ours / peer's"], rows
+
+
+def all_steps_table(results):
+    """Time and peak memory of every provider's training steps."""
+
+    def cell(result, name):
+        if name in result["failed"]:
+            return "failed"
+        if name not in result["providers"]:
+            return ""
+        p = result["providers"][name]
+        return f"{time_text(median(p['seconds']))}, {p['peak'] / 1e6:.0f} MB"
+
+    names = dict.fromkeys(name for r in results for name in (*r["providers"], *r["failed"]))
+    rows = [[name, *(cell(result, name) for result in results)] for name in names]
+    return ["a step takes", *(result["case"] for result in results)], rows
+
+
 def tables(results):
     """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    steps = [r for r in results if r["op"] == "step"]
+    results = [r for r in results if r["op"] != "step"]
     forward = [r for r in results if r["mode"] == "forward"]
     training = [r for r in results if r["mode"] != "forward"]
     found = {
@@ -117,6 +166,8 @@ def tables(results):
         "Forward alone: the best peer's time / ours": main_table(
             [r for r in forward if not r["small"]]
         ),
+        "Whole training steps, a process each: the best peer's time / ours": step_table(steps),
+        "The same, everyone's time and peak memory": all_steps_table(steps),
     }
     return {title: table for title, table in found.items() if table[1]}
 

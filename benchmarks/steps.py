@@ -1,62 +1,76 @@
 """Whole training steps, each provider in a process of its own.
 
-In one process, they would live on one another's warm heap and threads. The processes take turns, so
-that a change of the machine's speed meets all alike; only one of them runs at a time.
+In one process they would live on one another's warm heap and threads. The processes take turns, so
+that a change of the machine's speed meets all alike, and sleep while another one's is timed.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 
 from .models import MODELS, torch_step
 from .timing import Others, take_turns
 
-COMPILERS = ("compile tuned", "tensorflow")  # take seconds to start
-TORCH = ("torch", "torch fused", "torch fused tuned")
-CHANNELS_LAST = ("torch channels_last fused", "torch channels_last fused tuned")
-OURS = ("dlkernels", "dlkernels tuned")
-OURS_CHANNELS_LAST = ("dlkernels channels_last", "dlkernels channels_last tuned")
+QUICK = ("mlp", "cnn")  # what --quick times
+# Who takes part, and whether under --quick: not what takes seconds to compile, nor what is only
+# there to show what a setting brings.
+PROVIDERS = {
+    "torch": True,
+    "torch fused": False,
+    "torch fused tuned": True,
+    "torch channels_last fused": False,
+    "torch channels_last fused tuned": True,
+    "compile tuned": False,
+    "jax": True,
+    "tensorflow": False,
+    "dlkernels": True,
+    "dlkernels tuned": True,
+    "dlkernels channels_last": False,
+    "dlkernels channels_last tuned": True,
+}
 
 
 class Worker:
-    """A process that times the steps of one provider."""
+    """A process that times the steps of one provider: see worker.py."""
 
     def __init__(self, *arguments):
-        self.errors = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "dlkernels.benchmarks.worker", *map(str, arguments)]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            [sys.executable, "-m", "dlkernels.benchmarks.worker", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
         )
 
-    def read(self):
-        """Its next answer, or a RuntimeError with the last line of what it said before it died."""
+    def ask(self):
+        """Its next answer, or a RuntimeError with the last line that it said before it died."""
+        with suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
         code = self.process.wait()
         self.errors.seek(0)
-        lines = self.errors.read().split("\n")
-        raise RuntimeError(next((x for x in reversed(lines) if x.strip()), f"exit code {code}"))
-
-    def turn(self):
-        print(file=self.process.stdin, flush=True)
-        return self.read()
+        said = self.errors.read().split("\n")
+        raise RuntimeError(next(filter(None, reversed(said)), f"exit status {code}"))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate()  # closes the pipes and waits
         self.errors.close()
 
 
 class Load:
-    """A process that keeps one core busy."""
+    """A process that keeps a core busy, whichever the system gives it."""
 
     def __enter__(self):
         self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -68,31 +82,50 @@ class Load:
 
 def providers(model, quick):
     images = len(model.image) == 3
-    names = [*TORCH, *(CHANNELS_LAST if images else ())]
-    names += [*COMPILERS, "jax"]
-    names += [*OURS, *(OURS_CHANNELS_LAST if images else ())]
-    return [name for name in names if not (quick and name in COMPILERS)]
+    return [
+        name
+        for name, in_quick in PROVIDERS.items()
+        if (images or "channels_last" not in name) and (in_quick or not quick)
+    ]
 
 
-def exact_losses(model, batch, steps):
-    step = torch_step(model, batch, dtype=torch.float64)
-    return [float(step()) for _ in range(steps)]
-
-
-def run(name, batch, names, busy=False, **limits):
-    """Time the training steps of one model; `busy` with another process on one of the cores."""
-    model, found, failed = MODELS[name], {}, {}
-    others = Others()
+def run(model_name, batch, names, busy, quick, machine):
+    """Time the training steps of one model beside one another; `busy`: with a core taken away."""
+    model, others = MODELS[model_name], Others()
+    exact = torch_step(model, batch, dtype=torch.float64)
+    exact_losses = [float(exact()) for _ in range(3)]
+    found, failed = {}, {}
     with ExitStack() as stack:
-        workers = {}
-        for provider in names:
-            worker = stack.enter_context(Worker(name, batch, provider))
+        workers = {p: stack.enter_context(Worker(model_name, batch, p)) for p in names}
+        for provider, worker in workers.items():
             try:
-                found[provider] = worker.read()
-                workers[provider] = worker
+                found[provider] = worker.ask()
             except RuntimeError as error:
                 failed[provider] = str(error)
         if busy:
             stack.enter_context(Load())
-        times = take_turns({p: worker.turn for p, worker in workers.items()}, **limits)
-    return times, found, failed, others.cores()
+        limits = {"rounds": 10, "seconds": 0, "share": 1.0} if quick else {"share": 4.0}
+        times = take_turns({p: workers[p].ask for p in found}, **limits)
+    for provider, result in found.items():
+        losses = result.pop("losses")
+        result["error"] = max(abs(a - b) / b for a, b in zip(losses, exact_losses))
+        result["seconds"] = times[provider]
+    return {
+        "op": "step",
+        "case": f"{model.text}, batch {batch}{', a core busy' if busy else ''}",
+        "mode": "train",
+        "small": False,
+        "busy_cores": others.cores(),
+        "providers": found,
+        "failed": failed,
+    }
+
+
+def jobs(name, quick, busy):
+    """What there is to run: see suite.jobs()."""
+    model, found = MODELS[name], {}
+    for batch in model.batches[:1] if quick else model.batches:
+        for load in (False, True) if busy else (False,):
+            what = f"step {name} {batch}{' busy' if load else ''}"
+            found[what] = partial(run, name, batch, providers(model, quick), load, quick)
+    return found

@@ -21,6 +21,7 @@ from . import (
     bench_max_pool2d,
     bench_relu,
     report,
+    steps,
 )
 from .timing import Others, copy_roof, fma_roof, interleave
 
@@ -33,6 +34,7 @@ MODULES = (
     bench_adam,
 )
 OPS = {module.SMALL.op: module for module in MODULES}
+NAMES = (*OPS, *steps.MODELS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 PEERS = ("numpy", "jax", "tensorflow")  # which of them is here is known when it is run
@@ -102,10 +104,13 @@ def run(case, mode, quick, machine):
     }
 
 
-def jobs(names, quick):
+def jobs(names, quick, busy):
     """What there is to run: {what: function of the machine that returns a result}."""
     found = {}
-    for op in names or OPS:
+    for op in names or ((*OPS, *steps.QUICK) if quick else NAMES):
+        if op in steps.MODELS:
+            found |= steps.jobs(op, quick, busy)
+            continue
         for case in cases(op, quick):
             for mode in case.modes[-1:] if quick else case.modes:
                 found[f"{op} {case} {mode}"] = partial(run, case, mode, quick)
@@ -140,11 +145,11 @@ def machine():
     }
 
 
-def bench(names, quick=False, json_file=None, plot=None, readme=None):
+def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None):
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
-    work, results = jobs(names, quick), []
+    work, results = jobs(names, quick, busy), []
     with report.progress(len(work)) as advance:
         for what, job in work.items():
             advance(what)

@@ -2,8 +2,8 @@
 
     python -m dlkernels.benchmarks.worker MODEL BATCH PROVIDER
 
-Its first line says {"losses": of the first steps, "peak": bytes}. Then it answers every line on its
-standard input with the seconds a step, and sleeps in between.
+It answers each line on its standard input: the first, when it has warmed up, with the losses of
+its first steps and its peak memory, and all others with the seconds a step.
 """
 
 import importlib
@@ -11,38 +11,42 @@ import json
 import math
 import os
 import sys
+from functools import partial
 
 import dlkernels
 
 from . import models
-from .timing import LONG, batch, clock
+from .timing import batch, clock
 
-FRAMEWORKS = {"compile": "torch._inductor.compile_fx", "jax": "jax", "tensorflow": "tensorflow"}
-WARM_UP = 1.0  # seconds
-TURN = 0.05  # seconds: another process has had the caches and the cores
+# What the first step would import: no part of the step's memory.
+IMPORTS = {"compile": "torch._inductor.compile_fx", "jax": "jax", "tensorflow": "tensorflow"}
+WARM_UP = 0.5  # seconds
+TURN = 0.05  # seconds: in between, another process has had the caches and the cores
 
 
 def memory(name):
-    """Bytes of this process: "VmRSS", what it has now, or "VmHWM", the most that it has had."""
+    """Bytes of this process, as /proc calls them."""
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def forget_peak():
+def peak(step):
+    """The most memory that this process has during a step, without the libraries in it."""
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+        file.write("5")  # forgets the peak of compiling
+    step()
+    return memory("VmHWM") - memory("RssFile")
 
 
 def main(model, batch_size, provider):
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints goes elsewhere
+    os.dup2(2, 1)  # what a library prints is no answer
     if provider.endswith(" tuned") and not dlkernels.tune_allocator():
         sys.exit("the allocator is not glibc's")
-    framework = FRAMEWORKS.get(provider.split()[0])
-    if framework:
-        importlib.import_module(framework)
+    importlib.import_module(IMPORTS.get(provider.split()[0], "torch._dynamo"))
+    sys.stdin.readline()
 
-    before = memory("VmRSS")
+    before = memory("RssAnon")
     step = models.build(provider, models.MODELS[model], int(batch_size))
 
     def steps(n):
@@ -56,13 +60,11 @@ def main(model, batch_size, provider):
         steps(1)
         done += 1
     seconds = (clock() - begin) / done
-    forget_peak()  # that of compiling
-    steps(3)
-    print(json.dumps({"losses": losses, "peak": memory("VmHWM") - before}), file=answers)
+    print(json.dumps({"losses": losses, "peak": peak(partial(steps, 3)) - before}), file=answers)
 
-    n = math.ceil(max(TURN, LONG) / seconds)
+    n = math.ceil(TURN / seconds)
     for _ in sys.stdin:
-        print(batch(lambda: steps(n), n * seconds) / n, file=answers)
+        print(batch(partial(steps, n), n * seconds) / n, file=answers)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def against(result, peer, ours):
 
 
 def layout(ours):
-    return ours.removeprefix("dlkernels").strip()
+    return "channels_last" if "channels_last" in ours else ""
 
 
 def time_text(seconds):
@@ -105,47 +105,38 @@ def small_table(results):
 
 def step_table(results):
     """Every training step: our best provider against the best peer."""
-    header = [
-        "training step",
-        "ours",
-        "",
-        "best peer",
-        "",
-        "ratio [quartiles]",
-        "ratio, both default",
-    ]
     rows = []
     for result in results:
-        providers = result["providers"]
         ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
+        providers = [result["providers"][name] for name in (ours, peer)]
+        times = [time_text(median(p["seconds"])) for p in providers]
+        errors = [error_text(p["error"]) for p in providers]
         q1, q2, q3 = against(result, peer, ours)
         rows.append(
             [
                 result["case"],
-                ours,
-                time_text(median(providers[ours]["seconds"])),
-                peer,
-                time_text(median(providers[peer]["seconds"])),
+                f"{ours}, {times[0]}",
+                f"{peer}, {times[1]}",
                 f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                 f"{against(result, 'torch', 'dlkernels')[1]:.2f}",
-                " / ".join(error_text(providers[name]["error"]) for name in (ours, peer)),
+                " / ".join(errors),
             ]
         )
-    return [*header, "loss's error, ours / peer's"], rows
+    header = ["training step", "our best", "best peer", "ratio [quartiles]"]
+    return [*header, "ratio to torch, both default", "loss's error, ours / peer's"], rows
 
 
 def all_steps_table(results):
     """Time and peak memory of every provider's training steps."""
 
     def cell(result, name):
-        if name in result["failed"]:
-            return "failed"
-        if name not in result["providers"]:
-            return ""
-        p = result["providers"][name]
-        return f"{time_text(median(p['seconds']))}, {p['peak'] / 1e6:.0f} MB"
+        p = result["providers"].get(name)
+        if p:
+            return f"{time_text(median(p['seconds']))}, {p['peak'] / 1e6:.0f} MB"
+        return "failed" if name in result["failed"] else ""
 
-    names = dict.fromkeys(name for r in results for name in (*r["providers"], *r["failed"]))
+    most_first = sorted(results, key=lambda r: -len(r["providers"]))  # keeps their order
+    names = dict.fromkeys(name for r in most_first for name in (*r["providers"], *r["failed"]))
     rows = [[name, *(cell(result, name) for result in results)] for name in names]
     return ["a step takes", *(result["case"] for result in results)], rows
 
@@ -167,7 +158,9 @@ def tables(results):
             [r for r in forward if not r["small"]]
         ),
         "Whole training steps, a process each: the best peer's time / ours": step_table(steps),
-        "The same, everyone's time and peak memory": all_steps_table(steps),
+        "Time and peak memory of all; tuned: after dlkernels.tune_allocator()": all_steps_table(
+            steps
+        ),
     }
     return {title: table for title, table in found.items() if table[1]}
 
@@ -219,6 +212,9 @@ def progress(total):
 def show(results):
     for title, table in tables(results).items():
         rich_table(title, *table)
+    for result in results:
+        for provider, reason in result.get("failed", {}).items():
+            console.print(f"failed: {provider}, {result['case']}: {reason}")
     warn_if_busy("during a case", max(r["busy_cores"] for r in results))
 
 
@@ -269,7 +265,8 @@ def plot(path, machine, results):
     axes = figure.subplots()
     for y, result in enumerate(shown):
         peer = best(result, lambda name: not is_ours(name))
-        for ours in filter(is_ours, result["providers"]):
+        all_ours = list(filter(is_ours, result["providers"]))
+        for ours in [best(result, is_ours)] if result["op"] == "step" else all_ours:
             q1, q2, q3 = against(result, peer, ours)
             color = AHEAD if q2 >= 1 else BEHIND
             axes.plot([q1, q3], [y, y], color=color, lw=1.5)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from .timing import Others, median, ratio
 
@@ -56,6 +57,15 @@ def error_text(x):
 
 # ---- tables: a header and rows of text, for the terminal and for Markdown --------------------
 
+KINDS = {
+    "a Python loop": lambda name: name == "python",
+    "NumPy": lambda name: name == "numpy",
+    "PyTorch's best": lambda name: name.startswith(("torch", "compile")),
+    "JAX": lambda name: name == "jax",
+    "TensorFlow": lambda name: name == "tensorflow",
+}
+RATIOS = {"ratio [quartiles]", "to torch", *KINDS}  # columns: a peer's time over ours
+
 
 def main_table(results):
     """Every case against the best of all peers. A case has a row for each of our layouts."""
@@ -86,21 +96,14 @@ def main_table(results):
 
 def small_table(results):
     """How many times faster than each kind of peer, where Python loops take part."""
-    kinds = {
-        "a Python loop": lambda name: name == "python",
-        "NumPy": lambda name: name == "numpy",
-        "PyTorch's best": lambda name: name.startswith(("torch", "compile")),
-        "JAX": lambda name: name == "jax",
-        "TensorFlow": lambda name: name == "tensorflow",
-    }
     rows = []
     for result in results:
         ours = best(result, is_ours)
-        peers = [best(result, wanted) for wanted in kinds.values()]
+        peers = [best(result, wanted) for wanted in KINDS.values()]
         ratios = [ratio_text(against(result, p, ours)[1]) if p else "" for p in peers]
         seconds = median(result["providers"][ours]["seconds"])
         rows.append([result["op"], result["case"], time_text(seconds), *ratios])
-    return ["op", "case", "ours", *kinds], rows
+    return ["op", "case", "ours", *KINDS], rows
 
 
 def step_table(results):
@@ -118,12 +121,12 @@ def step_table(results):
                 f"{ours}, {times[0]}",
                 f"{peer}, {times[1]}",
                 f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
-                f"{against(result, 'torch', 'dlkernels')[1]:.2f}",
+                f"{against(result, 'torch', 'dlkernels')[1]:.2f}",  # both as installed
                 " / ".join(errors),
             ]
         )
-    header = ["training step", "our best", "best peer", "ratio [quartiles]"]
-    return [*header, "ratio to torch, both default", "loss's error, ours / peer's"], rows
+    header = ["training step", "our best", "best peer", "ratio [quartiles]", "to torch"]
+    return [*header, "loss's error, ours / peer's"], rows
 
 
 def all_steps_table(results):
@@ -165,13 +168,9 @@ def tables(results):
     return {title: table for title, table in found.items() if table[1]}
 
 
-def rich_table(title, header, rows):
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def is_slower(name, text):
+    """Whether this cell of the column `name` says that we are slower: it must be seen."""
+    return name in RATIOS and text != "" and float(text.split()[0].replace(",", "")) < 1
 
 
 # ---- terminal -------------------------------------------------------------------------------
@@ -210,8 +209,14 @@ def progress(total):
 
 
 def show(results):
-    for title, table in tables(results).items():
-        rich_table(title, *table)
+    for title, (header, rows) in tables(results).items():
+        table = Table(title=title)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in rows:
+            styles = ("red" if is_slower(name, text) else "" for name, text in zip(header, row))
+            table.add_row(*(Text(text, style) for text, style in zip(row, styles)))
+        console.print(table)
     for result in results:
         for provider, reason in result.get("failed", {}).items():
             console.print(f"failed: {provider}, {result['case']}: {reason}")
@@ -229,25 +234,21 @@ def has_markers(readme):
 
 
 def markdown_table(header, rows):
-    """A pipe table. Ratios below 1 are bold: where we are slower must be seen."""
-
-    def cell(name, text):
-        slower = name.startswith("ratio") and float(text.split()[0]) < 1
-        return f"**{text}**" if slower else text
-
     lines = [header, ["---"] * len(header)]
-    lines += [[cell(name, text) for name, text in zip(header, row)] for row in rows]
+    for row in rows:
+        lines.append([f"**{t}**" if is_slower(name, t) else t for name, t in zip(header, row)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write_readme(readme, plot, machine, results):
-    """Rewrite what stands in the file between the two markers."""
-    text = f"Measured on {machine_text(machine)}.\n"
+    """Rewrite what stands in the file between the two markers: whole tables are folded away."""
+    (title, table), *others = tables(results).items()
+    text = f"On {machine_text(machine)}.\n\n{title}:\n\n{markdown_table(*table)}"
     if plot:
         path = os.path.relpath(plot, readme.parent)
         text += f"\n![The best peer's time over ours, case by case]({path})\n"
-    for title, table in tables(results).items():
-        text += f"\n{title}:\n\n{markdown_table(*table)}"
+    for title, table in others:
+        text += f"\n<details><summary>{title}</summary>\n\n{markdown_table(*table)}\n</details>\n"
     before, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text(before + BEGIN + text + END + rest.partition(END)[2])
 

@@ -121,11 +121,12 @@ def run(model_name, batch, names, busy, quick, machine):
     }
 
 
-def jobs(name, quick, busy):
-    """What there is to run: see suite.jobs()."""
-    model, found = MODELS[name], {}
-    for batch in model.batches[:1] if quick else model.batches:
-        for load in (False, True) if busy else (False,):
-            what = f"step {name} {batch}{' busy' if load else ''}"
-            found[what] = partial(run, name, batch, providers(model, quick), load, quick)
-    return found
+def jobs(name, quick, busy=False):
+    """What there is to run of a model: see suite.op_jobs()."""
+    model = MODELS[name]
+    return {
+        f"step {name} {batch}{' busy' if busy else ''}": partial(
+            run, name, batch, providers(model, quick), busy, quick
+        )
+        for batch in model.batches[: 1 if quick else None]
+    }

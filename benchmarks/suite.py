@@ -34,10 +34,12 @@ MODULES = (
     bench_adam,
 )
 OPS = {module.SMALL.op: module for module in MODULES}
-NAMES = (*OPS, *steps.MODELS)
+PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
+SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_", "OMP_", "GOMP_", "DLKERNELS_", "ATEN_")
+
+# Before their first import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-PEERS = ("numpy", "jax", "tensorflow")  # which of them is here is known when it is run
 
 
 def missing():
@@ -104,17 +106,20 @@ def run(case, mode, quick, machine):
     }
 
 
-def jobs(names, quick, busy):
-    """What there is to run: {what: function of the machine that returns a result}."""
-    found = {}
-    for op in names or ((*OPS, *steps.QUICK) if quick else NAMES):
-        if op in steps.MODELS:
-            found |= steps.jobs(op, quick, busy)
-            continue
-        for case in cases(op, quick):
-            for mode in case.modes[-1:] if quick else case.modes:
-                found[f"{op} {case} {mode}"] = partial(run, case, mode, quick)
-    return found
+def op_jobs(op, quick):
+    """What there is to run of an op: {what: function of the machine that returns a result}."""
+    return {
+        f"{op} {case} {mode}": partial(run, case, mode, quick)
+        for case in cases(op, quick)
+        for mode in (case.modes[-1:] if quick else case.modes)
+    }
+
+
+# All that `dlkernels bench` knows by name.
+JOBS = {
+    **{op: partial(op_jobs, op) for op in OPS},
+    **{model: partial(steps.jobs, model) for model in steps.MODELS},
+}
 
 
 def cpu_model():
@@ -139,6 +144,7 @@ def machine():
             "torch": torch.__version__,
             **{name: import_module(name).__version__ for name in peers},
         },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "date": datetime.date.today().isoformat(),
         "flops_per_second": fma_roof(),
         "busy_cores": busy,
@@ -149,10 +155,14 @@ def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
-    work, results = jobs(names, quick, busy), []
-    with report.progress(len(work)) as advance:
-        for what, job in work.items():
-            advance(what)
+    jobs, results = {}, []
+    for name in names or ((*OPS, *steps.QUICK) if quick else JOBS):
+        jobs |= JOBS[name](quick)
+        if busy and name in steps.MODELS:
+            jobs |= steps.jobs(name, quick, busy)
+    with report.progress(len(jobs)) as begin:
+        for what, job in jobs.items():
+            begin(what)
             results.append(job(where))
     report.show(results)
     if json_file:

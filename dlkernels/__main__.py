@@ -32,16 +32,20 @@ def bench(parser, args):
     try:
         from .benchmarks import suite
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
+        package = error.name.split(".")[0]
+        if package not in ("rich", "matplotlib", "numpy"):
             raise
-        parser.exit(1, f"dlkernels bench needs {error.name}: pip install 'dlkernels[bench]'\n")
-    for op in args.ops:
-        if op not in suite.NAMES:
-            known = ", ".join(suite.NAMES)
-            parser.error(f"argument OP: invalid choice: {op!r} (choose from {known})")
+        parser.exit(1, f"dlkernels bench needs {package}: pip install 'dlkernels[bench]'\n")
+    for name in args.ops:
+        if name not in suite.JOBS:
+            known = ", ".join(suite.JOBS)
+            parser.error(f"argument OP: invalid choice: {name!r} (choose from {known})")
     if args.readme and not suite.report.has_markers(args.readme):
         parser.error(f"argument --readme: {str(args.readme)!r} has no bench markers")
-    suite.bench(args.ops, args.quick, args.busy, args.json, args.plot, args.readme)
+    try:
+        suite.bench(args.ops, args.quick, args.busy, args.json, args.plot, args.readme)
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped by Ctrl-C\n")
 
 
 def main(argv=None):

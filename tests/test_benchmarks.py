@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 
+import dlkernels.benchmarks
 from dlkernels.__main__ import main
 from dlkernels.benchmarks import report, suite
 from dlkernels.benchmarks.timing import interleave, median, ratio
@@ -118,6 +120,19 @@ def test_bad_arguments(args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *args])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in ("suite", "report"):
+        monkeypatch.delitem(sys.modules, f"dlkernels.benchmarks.{name}")
+        monkeypatch.delattr(dlkernels.benchmarks, name)
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench"])
+    message = "dlkernels bench needs rich: pip install 'dlkernels[bench]'\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == message
 
 
 def test_slower_is_seen():

@@ -48,6 +48,10 @@ class Worker:
             text=True,
         )
 
+    def wait(self):
+        """Until it has imported all that it needs, or has died."""
+        self.process.stdout.readline()
+
     def ask(self):
         """Its next answer, or a RuntimeError with the last line that it said before it died."""
         with suppress(BrokenPipeError):
@@ -93,10 +97,12 @@ def run(model_name, batch, names, busy, quick, machine):
     """Time the training steps of one model beside one another; `busy`: with a core taken away."""
     model, others = MODELS[model_name], Others()
     exact = torch_step(model, batch, dtype=torch.float64)
-    exact_losses = [float(exact()) for _ in range(3)]
+    exact_losses = [float(exact()) for _ in range(2)]
     found, failed = {}, {}
     with ExitStack() as stack:
         workers = {p: stack.enter_context(Worker(model_name, batch, p)) for p in names}
+        for worker in workers.values():
+            worker.wait()
         for provider, worker in workers.items():
             try:
                 found[provider] = worker.ask()

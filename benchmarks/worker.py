@@ -2,8 +2,9 @@
 
     python -m dlkernels.benchmarks.worker MODEL BATCH PROVIDER
 
-It answers each line on its standard input: the first, when it has warmed up, with the losses of
-its first steps and its peak memory, and all others with the seconds a step.
+It says "ready" when all is imported, and then answers each line on its standard input: the first,
+when it has warmed up, with the losses of its first steps and its peak memory, and all others with
+the seconds a step.
 """
 
 import importlib
@@ -44,6 +45,7 @@ def main(model, batch_size, provider):
     if provider.endswith(" tuned") and not dlkernels.tune_allocator():
         sys.exit("the allocator is not glibc's")
     importlib.import_module(IMPORTS.get(provider.split()[0], "torch._dynamo"))
+    print("ready", file=answers)
     sys.stdin.readline()
 
     before = memory("RssAnon")
@@ -54,7 +56,7 @@ def main(model, batch_size, provider):
             loss = step()
         return float(loss)  # JAX may not have computed it before
 
-    losses = [steps(1) for _ in range(3)]
+    losses = [steps(1) for _ in range(2)]
     begin, done = clock(), 0
     while clock() - begin < WARM_UP:
         steps(1)
@@ -62,9 +64,10 @@ def main(model, batch_size, provider):
     seconds = (clock() - begin) / done
     print(json.dumps({"losses": losses, "peak": peak(partial(steps, 3)) - before}), file=answers)
 
-    n = math.ceil(TURN / seconds)
     for _ in sys.stdin:
-        print(batch(partial(steps, n), n * seconds) / n, file=answers)
+        n = math.ceil(TURN / seconds)
+        seconds = batch(partial(steps, n), n * seconds) / n
+        print(seconds, file=answers)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def against(result, peer, ours):
 
 
 def layout(ours):
-    return ours.removeprefix("dlkernels").strip()
+    return "channels_last" if "channels_last" in ours else ""
 
 
 def time_text(seconds):
@@ -110,8 +110,48 @@ def small_table(results):
     return ["op", "case", "ours", *KINDS], rows
 
 
+def step_table(results):
+    """Every training step: our best provider against the best peer."""
+    rows = []
+    for result in results:
+        ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
+        providers = [result["providers"][name] for name in (ours, peer)]
+        times = [time_text(median(p["seconds"])) for p in providers]
+        errors = [error_text(p["error"]) for p in providers]
+        q1, q2, q3 = against(result, peer, ours)
+        rows.append(
+            [
+                result["case"],
+                f"{ours}, {times[0]}",
+                f"{peer}, {times[1]}",
+                f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
+                f"{against(result, 'torch', 'dlkernels')[1]:.2f}",  # both as installed
+                " / ".join(errors),
+            ]
+        )
+    header = ["training step", "our best", "best peer", "ratio [quartiles]", "to torch"]
+    return [*header, "loss's error, ours / peer's"], rows
+
+
+def all_steps_table(results):
+    """Time and peak memory of every provider's training steps."""
+
+    def cell(result, name):
+        p = result["providers"].get(name)
+        if p:
+            return f"{time_text(median(p['seconds']))}, {p['peak'] / 1e6:.0f} MB"
+        return "failed" if name in result["failed"] else ""
+
+    most_first = sorted(results, key=lambda r: -len(r["providers"]))  # keeps their order
+    names = dict.fromkeys(name for r in most_first for name in (*r["providers"], *r["failed"]))
+    rows = [[name, *(cell(result, name) for result in results)] for name in names]
+    return ["a step takes", *(result["case"] for result in results)], rows
+
+
 def tables(results):
     """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    steps = [r for r in results if r["op"] == "step"]
+    results = [r for r in results if r["op"] != "step"]
     forward = [r for r in results if r["mode"] == "forward"]
     training = [r for r in results if r["mode"] != "forward"]
     found = {
@@ -123,6 +163,10 @@ def tables(results):
         ),
         "Forward alone: the best peer's time / ours": main_table(
             [r for r in forward if not r["small"]]
+        ),
+        "Whole training steps, a process each: the best peer's time / ours": step_table(steps),
+        "Time and peak memory of all; tuned: after dlkernels.tune_allocator()": all_steps_table(
+            steps
         ),
     }
     return {title: table for title, table in found.items() if table[1]}
@@ -177,6 +221,9 @@ def show(results):
             styles = ("red" if is_slower(name, text) else "" for name, text in zip(header, row))
             table.add_row(*(Text(text, style) for text, style in zip(row, styles)))
         console.print(table)
+    for result in results:
+        for provider, reason in result.get("failed", {}).items():
+            console.print(f"failed: {provider}, {result['case']}: {reason}")
     warn_if_busy("during a case", max(r["busy_cores"] for r in results))
 
 
@@ -223,7 +270,8 @@ def plot(path, machine, results):
     axes = figure.subplots()
     for y, result in enumerate(shown):
         peer = best(result, lambda name: not is_ours(name))
-        for ours in filter(is_ours, result["providers"]):
+        all_ours = list(filter(is_ours, result["providers"]))
+        for ours in [best(result, is_ours)] if result["op"] == "step" else all_ours:
             q1, q2, q3 = against(result, peer, ours)
             color = AHEAD if q2 >= 1 else BEHIND
             axes.plot([q1, q3], [y, y], color=color, lw=1.5)

@@ -21,6 +21,7 @@ from . import (
     bench_max_pool2d,
     bench_relu,
     report,
+    steps,
 )
 from .timing import Others, copy_roof, fma_roof, interleave
 
@@ -114,7 +115,11 @@ def op_jobs(op, quick):
     }
 
 
-JOBS = {op: partial(op_jobs, op) for op in OPS}  # all that `dlkernels bench` knows by name
+# All that `dlkernels bench` knows by name.
+JOBS = {
+    **{op: partial(op_jobs, op) for op in OPS},
+    **{model: partial(steps.jobs, model) for model in steps.MODELS},
+}
 
 
 def cpu_model():
@@ -146,13 +151,15 @@ def machine():
     }
 
 
-def bench(names, quick=False, json_file=None, plot=None, readme=None):
+def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None):
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
     jobs, results = {}, []
-    for name in names or JOBS:
+    for name in names or ((*OPS, *steps.QUICK) if quick else JOBS):
         jobs |= JOBS[name](quick)
+        if busy and name in steps.MODELS:
+            jobs |= steps.jobs(name, quick, busy)
     with report.progress(len(jobs)) as begin:
         for what, job in jobs.items():
             begin(what)

@@ -6,6 +6,7 @@ import os
 import random
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -31,18 +32,9 @@ def batch(step, seconds):
     return (clock() - begin) / calls
 
 
-def interleave(steps, rounds=30, seconds=1.0, share=2.0):
-    """Time steps, {name: callable}, in turns, each round in another order.
-
-    It takes `rounds` rounds and `seconds` seconds at least. A step that has had `share` seconds
-    sits out after five rounds.
-
-    Returns:
-        {name: [seconds a call in each round, None where it sat out]}
-    """
-    times = {name: [] for name in steps}
-    spent = dict.fromkeys(steps, 0.0)
-    estimate = {}
+def interleave(steps, **limits):
+    """Time steps, {name: callable}, in turns: see take_turns()."""
+    turns = {}
     gc.collect()
     gc.disable()  # a collection would be some step's bad luck
     try:
@@ -50,21 +42,35 @@ def interleave(steps, rounds=30, seconds=1.0, share=2.0):
             step()
             begin = clock()
             step()
-            estimate[name] = clock() - begin
-        begin, done = clock(), 0
-        while done < rounds or clock() - begin < seconds:
-            active = [name for name in steps if done < 5 or spent[name] < share]
-            if not active:
-                break
-            for name in random.sample(active, len(active)):
-                start = clock()
-                times[name].append(batch(steps[name], estimate[name]))
-                spent[name] += clock() - start
-            done += 1
-            for name in steps:
-                times[name] += [None] * (done - len(times[name]))
+            turns[name] = partial(batch, step, clock() - begin)
+        return take_turns(turns, **limits)
     finally:
         gc.enable()
+
+
+def take_turns(turns, rounds=30, seconds=1.0, share=2.0):
+    """Call every function of `turns`, {name: function that times one batch}, in each round once.
+
+    Each round is in another order. It takes `rounds` rounds and `seconds` seconds at least. Who has
+    had `share` seconds sits out after five rounds.
+
+    Returns:
+        {name: [seconds a call in each round, None where it sat out]}
+    """
+    times = {name: [] for name in turns}
+    spent = dict.fromkeys(turns, 0.0)
+    begin, done = clock(), 0
+    while done < rounds or clock() - begin < seconds:
+        active = [name for name in turns if done < 5 or spent[name] < share]
+        if not active:
+            break
+        for name in random.sample(active, len(active)):
+            start = clock()
+            times[name].append(turns[name]())
+            spent[name] += clock() - start
+        done += 1
+        for name in turns:
+            times[name] += [None] * (done - len(times[name]))
     return times
 
 

@@ -45,7 +45,7 @@ def bench(parser, args):
     if args.readme and not suite.report.has_markers(args.readme):
         parser.error(f"argument --readme: {str(args.readme)!r} has no bench markers")
     try:
-        suite.bench(args.ops, args.quick, args.json, args.plot, args.readme)
+        suite.bench(args.ops, args.quick, args.busy, args.json, args.plot, args.readme)
     except KeyboardInterrupt:
         parser.exit(130, "stopped by Ctrl-C\n")
 
@@ -59,9 +59,15 @@ def main(argv=None):
 
     bench_parser = commands.add_parser("bench", help="time the ops against their peers")
     add = bench_parser.add_argument
-    add("ops", nargs="*", metavar="OP", help="linear_relu, adam, ...; all without one")
+    add(
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help="linear_relu, adam, ..., or mlp, cnn, lenet, vgg: whole steps; all without one",
+    )
     add("--threads", type=threads, metavar="N", help="of every framework")
     add("--quick", action="store_true", help="few cases and peers that need no long compilation")
+    add("--busy", action="store_true", help="whole steps beside a process that takes a core, too")
     add("--json", type=output, metavar="FILE", help="write every round of every provider")
     add("--plot", type=output, metavar="FILE", help="write a plot, .svg or .png")
     add("--readme", type=output, metavar="FILE", help="rewrite its part between the bench markers")

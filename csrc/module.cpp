@@ -1,8 +1,9 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
 // The functions below are what the library says about itself; no tensor is computed here.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <pybind11/stl.h>
 
+#include "ops/adam_step.h"
 #include "ops/common.h"
 
 namespace py = pybind11;
@@ -33,20 +34,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Count a call that Python left to PyTorch; raises where set_fallback_error says so.");
   m.def(
-      "are_ours",
-      [](const py::args& lists) {
-        for (const py::handle list : lists)
-          for (const py::handle t : list) {
-            if (!THPVariable_CheckExact(t.ptr())) return false;
-            const at::Tensor& tensor = THPVariable_Unpack(t.ptr());
-            if (!is_ours(tensor) || !tensor.is_cpu()) return false;
-          }
-        return true;
-      },
-      "Whether every tensor of these lists is a plain one that CPU kernels of ours take; quick, "
-      "for "
-      "the hundreds an optimizer has.");
-  m.def(
       "multiply_add",
       [](int64_t times) {
         const cpu::Kernels& table = cpu::kernels();
@@ -58,5 +45,8 @@ PYBIND11_MODULE(_C, m) {
         return finite * times * table.multiply_add_flops;
       },
       "Multiply-adds alone, on all threads: how many FLOPs were done (the roof in benchmarks).");
+  m.def("adam_step", &adam_step,
+        "adam_ on [(parameters, scalars)] with the state of their optimizer, grad_scale and "
+        "found_inf; False, with nothing done, where not all of it is for our op.");
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
 }

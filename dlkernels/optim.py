@@ -10,8 +10,6 @@ from torch import Tensor
 
 from . import _C, functional
 
-_adam = torch.ops.dlkernels.adam_.default
-
 
 class Adam(torch.optim.Adam):
     """:class:`torch.optim.Adam`. ``foreach`` and ``fused`` choose among PyTorch's own steps, where
@@ -31,34 +29,21 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls = self._calls() if functional._ours() else None
-        if calls is None:
+        if not (functional._ours() and self._step()):
             functional._torch("adam_", _unhooked(super().step))
-        else:
-            with torch.no_grad():
-                for lists, scalars in calls:
-                    _adam(*lists, **scalars)
         return loss
 
-    def _calls(self):
-        """The arguments of our op, group by group; None where one of them is not for our op."""
-        scales = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        if not _C.are_ours([t for t in scales.values() if t is not None]):
-            return None
-        calls = []
-        for group in self.param_groups:
-            scalars = _scalars(group)
-            if scalars is None:
-                return None
-            lists = [], [], [], [], []
-            params, grads, exp_avgs, exp_avg_sqs, steps = lists
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
-            # A parameter listed twice: how often it is updated, with what, is PyTorch's affair.
-            if not _C.are_ours(*lists) or len(set(map(id, params))) < len(params):
-                return None
-            if params:
-                calls.append((lists, scalars | scales))
-        return calls
+    def _step(self):
+        """Our op on every group; False, with nothing done, where one of them is not for it."""
+        groups = [(group["params"], _scalars(group)) for group in self.param_groups]
+        if not all(scalars for _, scalars in groups):
+            return False
+        scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if _C.adam_step(self.state, groups, *scales):
+            return True
+        for group in self.param_groups:  # a first step: parameters without state
+            self._init_group(group, [], [], [], [], [], [])
+        return _C.adam_step(self.state, groups, *scales)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -66,7 +51,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
 
 def _scalars(group):
-    """Our op's scalar arguments, or None for options that it does not have."""
+    """Our op's scalars, as _C.adam_step takes them, or None for options that it does not have."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     weight_decay, eps = group["weight_decay"], group["eps"]
     if group["amsgrad"] or group["capturable"] or group["differentiable"]:
@@ -75,15 +60,15 @@ def _scalars(group):
         return None
     if isinstance(lr, Tensor) and (lr.requires_grad or type(lr) is not Tensor):
         return None
-    return {
-        "lr": float(lr),
-        "beta1": float(beta1),
-        "beta2": float(beta2),
-        "weight_decay": float(weight_decay),
-        "eps": float(eps),
-        "maximize": bool(group["maximize"]),
-        "decoupled_weight_decay": bool(group["decoupled_weight_decay"]),
-    }
+    return (
+        float(lr),
+        float(beta1),
+        float(beta2),
+        float(weight_decay),
+        float(eps),
+        bool(group["maximize"]),
+        bool(group["decoupled_weight_decay"]),
+    )
 
 
 def _unhooked(step):

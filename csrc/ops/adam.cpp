@@ -54,11 +54,12 @@ void adam(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
        maximize, decoupled_weight_decay, grad_scale, found_inf});
 }
 
-bool ours(const Adam& a) {
+template <bool (*is)(const Tensor&)>
+bool all(const Adam& a) {
   for (const auto& list : a.lists())
     for (const Tensor& t : list.tensors)
-      if (!is_ours(t)) return false;
-  return is_ours(a.grad_scale) && is_ours(a.found_inf);
+      if (!is(t)) return false;
+  return (!a.grad_scale || is(*a.grad_scale)) && (!a.found_inf || is(*a.found_inf));
 }
 
 // ---- shapes: shared by every device and by torch.compile ----------------------------------
@@ -207,7 +208,9 @@ class Runs {
   }
   int64_t stop_of(size_t i) const { return i + 1 < starts_.size() ? starts_[i + 1] : numel_; }
 
+  // Step after step it is the same memory: what was found apart once is not sorted again.
   bool overlap() const {
+    thread_local std::vector<std::pair<const float*, const float*>> apart;
     std::vector<std::pair<const float*, const float*>> memory;
     memory.reserve(4 * tensors_.size());
     for (size_t i = 0; i < tensors_.size(); ++i)
@@ -216,9 +219,12 @@ class Runs {
                                static_cast<const float*>(tensors_[i].exp_avg),
                                static_cast<const float*>(tensors_[i].exp_avg_sq)})
           memory.emplace_back(p, p + n);
-    std::sort(memory.begin(), memory.end());
-    for (size_t i = 1; i < memory.size(); ++i)
-      if (memory[i].first < memory[i - 1].second) return true;
+    if (memory == apart) return false;
+    auto sorted = memory;
+    std::sort(sorted.begin(), sorted.end());
+    for (size_t i = 1; i < sorted.size(); ++i)
+      if (sorted[i].first < sorted[i - 1].second) return true;
+    apart = std::move(memory);
     return false;
   }
 
@@ -245,7 +251,7 @@ void set_scalars(cpu::AdamTensor& t, const Adam& a, double step) {
 
 void adam_cpu(const Adam& a) {
   check(a);
-  if (!ours(a)) return adam_torch(a);
+  if (!all<is_plain>(a)) return adam_torch(a);  // tangents stop at adam_autograd
   adam_stats.kernel_ran();
   // torch asks for exactly 1, but sums the flag over devices.
   if (a.found_inf && *a.found_inf->const_data_ptr<float>() != 0) return;
@@ -262,7 +268,7 @@ void adam_cpu(const Adam& a) {
 // ---- gradient: there is none ---------------------------------------------------------------
 
 void adam_autograd(const Adam& a) {
-  if (!ours(a)) return adam_torch(a);
+  if (!all<is_ours>(a)) return adam_torch(a);
   if (at::GradMode::is_enabled())
     for (const auto& list : a.lists())
       for (const Tensor& t : list.tensors)

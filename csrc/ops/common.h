@@ -50,11 +50,14 @@ class OpStats {
 
 // ---- which tensors are ours -----------------------------------------------------------------
 
-// Dense float32 on the CPU, or on meta, where only shapes are worked out. A tensor with a
-// forward-mode tangent goes to PyTorch's own op, which can push it forward.
-inline bool is_ours(const Tensor& t) {
+// Dense float32 on the CPU, or on meta, where only shapes are worked out.
+inline bool is_plain(const Tensor& t) {
   return t.scalar_type() == at::kFloat && t.layout() == at::kStrided && !t.is_nested() &&
-         (t.device().is_cpu() || t.device().is_meta()) && !t._fw_grad(/*level=*/0).defined();
+         (t.device().is_cpu() || t.device().is_meta());
+}
+// A tensor with a forward-mode tangent goes to PyTorch's own op, which can push it forward.
+inline bool is_ours(const Tensor& t) {
+  return is_plain(t) && !t._fw_grad(/*level=*/0).defined();
 }
 inline bool is_ours(const optional<Tensor>& t) { return !t || is_ours(*t); }
 

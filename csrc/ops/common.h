@@ -6,6 +6,7 @@
 #include <ATen/ops/view_as.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -69,6 +70,18 @@ inline void check_device(const char* op, const Tensor& input, const optional<Ten
 }
 
 // ---- threads and memory ---------------------------------------------------------------------
+
+// A new tensor of 32 MB or more, for which malloc maps fresh pages each time: huge ones take a third
+// of the time, which for a pass over memory is most of all. Smaller memory is mostly used again.
+inline Tensor huge(Tensor t) {
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  if (t.is_cpu() && t.nbytes() >= 16 * kHuge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, end = begin + t.nbytes();
+    madvise(reinterpret_cast<void*>(first), (end - first) / kHuge * kHuge, MADV_HUGEPAGE);
+  }
+  return t;
+}
 
 // 64-byte aligned floats that belong to the calling thread, until its next call.
 inline float* scratch(int64_t floats) {

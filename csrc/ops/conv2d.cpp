@@ -162,7 +162,7 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
                   SymInt groups) {
   if (!ours<kRelu>(input, weight, bias))
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
-  Tensor y = conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  Tensor y = huge(conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups));
   (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
   const Geometry g(input, weight, stride, padding, dilation, groups);
   const Tensor x = batched(input).contiguous(g.format());
@@ -244,7 +244,7 @@ Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tenso
   const Tensor gy = batched(grad_y).contiguous(g.format());
   const Tensor yc = y ? batched(*y).contiguous(g.format()) : Tensor();
   const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
-  if (mask[0]) conv2d_grad_input(g, gy, relu_y, weight, grad_input);
+  if (mask[0]) conv2d_grad_input(g, gy, relu_y, weight, huge(grad_input));
   if (mask[1] || mask[2]) {
     const Tensor x = batched(input).contiguous(g.format());
     conv2d_grad_weight(g, gy, relu_y, x, mask[1] ? optional(grad_weight) : std::nullopt,

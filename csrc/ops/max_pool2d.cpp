@@ -132,13 +132,14 @@ cpu::Pool view(const Args& args, SymIntArrayRef input_size, const Tensor& y) {
           args.axis(1, input_size[1].expect_int(), y.size(-1))};
 }
 
-// Rows of windows, or of what they look at, in a tensor of that many; not fewer at a time than
-// `least`.
+// Rows of windows, or of what they look at, in a tensor of that many; `unit` of them stay together.
 template <class F>
-void parallel_rows(const cpu::Pool& p, const Tensor& x, int64_t least, const F& f) {
-  const int64_t rows = x.numel() / (x.size(-1) * p.C);
-  const int64_t work = x.size(-1) * p.C * p.h.kernel * p.w.kernel;
-  parallel_chunks(rows, std::max(4 * least, kGrain / work), f);
+void parallel_rows(const cpu::Pool& p, const Tensor& x, int64_t unit, const F& f) {
+  const int64_t rows = x.numel() / (x.size(-1) * p.C), units = (rows + unit - 1) / unit;
+  const int64_t work = unit * x.size(-1) * p.C * p.h.kernel * p.w.kernel;
+  parallel_chunks(units, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+    f(begin * unit, std::min(rows, end * unit));
+  });
 }
 
 // y, and argmax unless it is undefined.
@@ -156,6 +157,7 @@ void max_pool2d_out(const Args& args, const Tensor& input, Tensor& y, Tensor& ar
 
 Two max_pool2d_forward_cpu(const Tensor& input, IntArrayRef window, bool ceil_mode) {
   auto [y, argmax] = max_pool2d_forward_meta(input, window, ceil_mode);
+  huge(y);
   max_pool2d_out({"max_pool2d_forward", window, ceil_mode}, input, y, argmax);
   return {y, argmax};
 }
@@ -187,7 +189,7 @@ Result<kIndices> max_pool2d_cpu(const Args& args, const Tensor& input) {
 
 Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
                                SymIntArrayRef input_size, IntArrayRef window, bool ceil_mode) {
-  Tensor grad_x = max_pool2d_backward_meta(grad_y, argmax, input_size, window, ceil_mode);
+  Tensor grad_x = huge(max_pool2d_backward_meta(grad_y, argmax, input_size, window, ceil_mode));
   max_pool2d_backward_stats.kernel_ran();
   const auto layout = argmax.suggest_memory_format();
   const Tensor g = grad_y.contiguous(layout), a = argmax.contiguous(layout);
@@ -195,8 +197,9 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
   const float* grad = g.const_data_ptr<float>();
   const uint8_t* arg = a.const_data_ptr<uint8_t>();
   float* to = grad_x.mutable_data_ptr<float>();
-  // Windows that reach from one part into the next are slow.
-  parallel_rows(p, grad_x, 8 * p.h.kernel, [&](int64_t begin, int64_t end) {
+  // Windows that reach from one part into the next are slow: whole images, or at least many rows.
+  const int64_t images = grad_x.numel() / (p.h.in * p.w.in * p.C);
+  parallel_rows(p, grad_x, images >= 16 ? p.h.in : 8 * p.h.kernel, [&](int64_t begin, int64_t end) {
     cpu::kernels().max_pool2d_backward(grad, arg, to, p, begin, end);
   });
   return grad_x;

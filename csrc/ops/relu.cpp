@@ -51,7 +51,7 @@ Tensor laid_out_as(const Tensor& y, const Tensor& x) {
 Tensor relu_cpu(const Tensor& input) {
   if (!is_ours(input)) return relu_torch(input);
   relu_stats.kernel_ran();
-  Tensor y = relu_meta(input);
+  Tensor y = huge(relu_meta(input));
   const Tensor x = laid_out_as(y, input);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
@@ -61,7 +61,7 @@ Tensor relu_cpu(const Tensor& input) {
 }
 
 Tensor relu_backward_cpu(const Tensor& grad_y, const Tensor& y) {
-  Tensor grad_x = relu_backward_meta(grad_y, y);
+  Tensor grad_x = huge(relu_backward_meta(grad_y, y));
   relu_backward_stats.kernel_ran();
   const Tensor gc = laid_out_as(grad_x, grad_y), yc = laid_out_as(grad_x, y);
   const float *g = gc.const_data_ptr<float>(), *mask = yc.const_data_ptr<float>();

@@ -14,15 +14,16 @@ struct Options {
 
 // Logits with the second row ignored, and everything the kernel can be told.
 struct Case {
-  int64_t N, C;
+  int64_t N, C, inner;  // N rows in all
   Options o;
   Buffer<float> x, probabilities, weight, losses, grad;
   Buffer<int64_t> target;
   cpu::CrossEntropy args;
 
-  Case(int64_t N, int64_t C, const Options& o)
+  Case(int64_t N, int64_t C, const Options& o, int64_t inner = 1)
       : N(N),
         C(C),
+        inner(inner),
         o(o),
         x(N * C, 1),
         probabilities(o.classes ? 0 : N * C, 2),
@@ -39,7 +40,7 @@ struct Case {
             .probabilities = probabilities.data(),
             .weight = o.weighted ? weight.data() : nullptr,
             .C = C,
-            .inner = 1,
+            .inner = inner,
             .ignore_index = kIgnored,
             .smoothing = o.smoothing,
             .weight_sum = static_cast<float>(sum),
@@ -48,32 +49,34 @@ struct Case {
             .grad = o.grad ? grad.data() : nullptr};
   }
 
+  int64_t at(int64_t n, int64_t c) const { return (n / inner * C + c) * inner + n % inner; }
+
   double g(int64_t n, int64_t c) {
     if (o.classes && target[n] == kIgnored) return 0;
-    const double t = o.classes ? target[n] == c : probabilities[n * C + c];
+    const double t = o.classes ? target[n] == c : probabilities[at(n, c)];
     return (o.weighted ? weight[c] : 1) * ((1 - o.smoothing) * t + o.smoothing / C);
   }
 
   // The formulas of the header in double, with the gradient compared on the way.
   double expected_loss(int64_t n, int& wrong) {
     double top = -INFINITY, s = 0, loss = 0, g_sum = 0, size = 0;
-    for (int64_t c = 0; c < C; ++c) top = std::fmax(top, x[n * C + c]);
-    for (int64_t c = 0; c < C; ++c) s += std::exp(x[n * C + c] - top);
+    for (int64_t c = 0; c < C; ++c) top = std::fmax(top, x[at(n, c)]);
+    for (int64_t c = 0; c < C; ++c) s += std::exp(x[at(n, c)] - top);
     for (int64_t c = 0; c < C; ++c) {
-      loss += g(n, c) * (std::log(s) + top - x[n * C + c]);
+      loss += g(n, c) * (std::log(s) + top - x[at(n, c)]);
       g_sum += g(n, c), size += std::fabs(g(n, c));
     }
     for (int64_t c = 0; c < grad.size() / N; ++c) {
-      const double p = std::exp(x[n * C + c] - top) / s;
+      const double p = std::exp(x[at(n, c)] - top) / s;
       const double expected = args.grad_scale * (p * g_sum - g(n, c));
-      wrong += !close(grad[n * C + c], expected, 1e-6 * size);
+      wrong += !close(grad[at(n, c)], expected, 1e-6 * size);
     }
     return loss;
   }
 };
 
-int run(const cpu::Kernels& table, int64_t N, int64_t C, const Options& o) {
-  Case all(N, C, o);
+int run(const cpu::Kernels& table, int64_t N, int64_t C, const Options& o, int64_t inner = 1) {
+  Case all(N, C, o, inner);
   const double sum =
       table.cross_entropy(all.args, 0, N / 3) + table.cross_entropy(all.args, N / 3, N);
   int wrong = 0;
@@ -93,11 +96,28 @@ int cross_entropy(const cpu::Kernels& table) {
       const bool classes = options & 1, weighted = options & 2, extras = options & 4;
       const float smoothing = options & 8 ? 0.1f : 0.0f;
       for (const float spread : {5.0f, 100.0f})
-        wrong += run(table, 5, C, {classes, weighted, extras, extras, smoothing, spread});
+        for (const int64_t N : {5, 35})  // a part of the rows that fill a vector, and more than one
+          if (N * C < 1e5)
+            wrong += run(table, N, C, {classes, weighted, extras, extras, smoothing, spread});
     }
   return wrong;
 }
 const Test cross_entropy_test("cross_entropy", cross_entropy);
+
+// Rows side by side, as in (N, C, d1).
+int cross_entropy_inner(const cpu::Kernels& table) {
+  int wrong = 0;
+  for (const int64_t inner : {2, 3, 4, 8, 16, 21})
+    for (int64_t C : {1, 3, 17, 40})
+      for (int options = 0; options < 16; ++options) {
+        const bool classes = options & 1, weighted = options & 2, extras = options & 4;
+        const float smoothing = options & 8 ? 0.1f : 0.0f;
+        wrong +=
+            run(table, 3 * inner, C, {classes, weighted, extras, extras, smoothing, 5.0f}, inner);
+      }
+  return wrong;
+}
+const Test cross_entropy_inner_test("cross_entropy_inner", cross_entropy_inner);
 
 // Infinities and NaN; a class of probability 0 has gradient 0 exactly.
 int cross_entropy_extremes(const cpu::Kernels& table) {
@@ -136,26 +156,33 @@ const Test cross_entropy_extremes_test("cross_entropy_extremes", cross_entropy_e
 int cross_entropy_backward(const cpu::Kernels& table) {
   int wrong = 0;
   for (int64_t C : {1, 3, 16, 17, 70})
-    for (const int64_t step : {0, 1})
-      for (const float first : {0.5f, INFINITY}) {
-        const int64_t N = 5;
-        Buffer<float> grad(N * C, 1), grad_y(step ? N : 1, 2), grad_x(N * C);
-        Buffer<int64_t> target(N);
-        target.fill(0);
-        target[3] = kIgnored;
-        for (int64_t c = 0; c < C; ++c) grad[3 * C + c] = 0;
-        grad_y[0] = first;
-        const cpu::CrossEntropy args = {.x = grad.data(),
-                                        .target = target.data(),
-                                        .C = C,
-                                        .inner = 1,
-                                        .ignore_index = kIgnored,
-                                        .grad = grad_x.data()};
-        table.cross_entropy_backward(args, grad_y.data(), step, 0, 2);
-        table.cross_entropy_backward(args, grad_y.data(), step, 2, N);
-        for (int64_t i = 0; i < N * C; ++i)
-          wrong += grad_x[i] != (i / C == 3 ? 0.0f : grad[i] * grad_y[i / C * step]);
-      }
+    for (const int64_t inner : {1, 2, 18})
+      for (const int64_t step : {0, 1})
+        for (const float first : {0.5f, INFINITY}) {
+          const int64_t N = 3 * inner;
+          Buffer<float> grad(N * C, 1), grad_y(step ? N : 1, 2), grad_x(N * C);
+          Buffer<int64_t> target(N);
+          target.fill(0);
+          target[N - 1] = kIgnored;
+          const auto at = [&](int64_t n, int64_t c) {
+            return (n / inner * C + c) * inner + n % inner;
+          };
+          for (int64_t c = 0; c < C; ++c) grad[at(N - 1, c)] = 0;
+          grad_y[0] = first;
+          const cpu::CrossEntropy args = {.x = grad.data(),
+                                          .target = target.data(),
+                                          .C = C,
+                                          .inner = inner,
+                                          .ignore_index = kIgnored,
+                                          .grad = grad_x.data()};
+          table.cross_entropy_backward(args, grad_y.data(), step, 0, 2);
+          table.cross_entropy_backward(args, grad_y.data(), step, 2, N);
+          for (int64_t n = 0; n < N; ++n)
+            for (int64_t c = 0; c < C; ++c) {
+              const float expected = n == N - 1 ? 0 : grad[at(n, c)] * grad_y[n * step];
+              wrong += grad_x[at(n, c)] != expected;
+            }
+        }
   return wrong;
 }
 const Test cross_entropy_backward_test("cross_entropy_backward", cross_entropy_backward);

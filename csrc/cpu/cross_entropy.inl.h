@@ -222,8 +222,7 @@ static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
   const double loss = rows_across(a, row, n, {x, probabilities, a.grad ? x : nullptr, W});
   for (int64_t c = 0; a.grad && c < a.C; c += W) {
     Vec r[W];
-    for (int64_t j = 0; j < W; ++j)
-      r[j] = c + j < a.C ? Vec::load(x + (c + j) * W) : Vec::zero();
+    for (int64_t j = 0; j < W; ++j) r[j] = c + j < a.C ? Vec::load(x + (c + j) * W) : Vec::zero();
     transpose(r);
     for (int64_t i = 0; i < n; ++i) store(r[i], a.grad + first + i * a.C + c, least(a.C - c, W));
   }

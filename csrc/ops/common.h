@@ -57,9 +57,7 @@ inline bool is_plain(const Tensor& t) {
          (t.device().is_cpu() || t.device().is_meta());
 }
 // A tensor with a forward-mode tangent goes to PyTorch's own op, which can push it forward.
-inline bool is_ours(const Tensor& t) {
-  return is_plain(t) && !t._fw_grad(/*level=*/0).defined();
-}
+inline bool is_ours(const Tensor& t) { return is_plain(t) && !t._fw_grad(/*level=*/0).defined(); }
 inline bool is_ours(const optional<Tensor>& t) { return !t || is_ours(*t); }
 
 // PyTorch itself reads garbage when a CPU op is handed a weight on meta.
@@ -71,8 +69,9 @@ inline void check_device(const char* op, const Tensor& input, const optional<Ten
 
 // ---- threads and memory ---------------------------------------------------------------------
 
-// A new tensor of 32 MB or more, for which malloc maps fresh pages each time: huge ones take a third
-// of the time, which for a pass over memory is most of all. Smaller memory is mostly used again.
+// A new tensor of 32 MB or more, for which malloc maps fresh pages each time: huge ones take a
+// third of the time, which for a pass over memory is most of all. Smaller memory is mostly used
+// again.
 inline Tensor huge(Tensor t) {
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   if (t.is_cpu() && t.nbytes() >= 16 * kHuge) {
@@ -101,10 +100,10 @@ inline float* scratch(int64_t floats) {
   return buffer.get();
 }
 
-// f(begin, end) over [0, n), in chunks. A thread takes the chunks of its own share in order, so that
-// it meets the same memory in one op after the other, and then what is left of the others': one that
-// the system holds up does not hold up the rest. Less than `grain`, about 20 us of work, is not
-// worth a fork.
+// f(begin, end) over [0, n), in chunks. A thread takes the chunks of its own share in order, so
+// that it meets the same memory in one op after the other, and then what is left of the others':
+// one that the system holds up does not hold up the rest. Less than `grain`, about 20 us of work,
+// is not worth a fork.
 template <class F>
 void parallel_chunks(int64_t n, int64_t grain, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
@@ -148,9 +147,14 @@ inline void parallel_gemm(int64_t M, int64_t columns, int64_t K, GemmTask task) 
       parts_m = pm, parts_n = pn, best_work = work, best_packed = packed;
     }
   }
+  // A few parts a thread, for one that is held up, where to pack the other operand again for each
+  // is below 2 % of the work.
+  constexpr int64_t kParts = 4, kEnough = 1500;
+  if (threads > 1 && M >= kEnough * kParts * parts_m) parts_m *= kParts;
+  if (threads > 1 && N >= kEnough * kParts * parts_n) parts_n *= kParts;
   const int64_t step_m = ceil_div(rows, parts_m) * table.gemm_tile_rows;
   const int64_t step_n = ceil_div(cols, parts_n) * table.gemm_tile_cols;
-  at::parallel_for(0, parts_m * parts_n, 1, [&](int64_t begin, int64_t end) {
+  parallel_chunks(parts_m * parts_n, 1, [&](int64_t begin, int64_t end) {
     float* const memory = scratch(table.gemm_scratch);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i / parts_n * step_m, n = i % parts_n * step_n;

@@ -125,7 +125,7 @@ void parallel_gemms(int64_t count, int64_t M, int64_t N, int64_t K, CountedGemmT
   }
   const double work = static_cast<double>(M) * std::max<int64_t>(N, 1) * K;
   const auto grain = static_cast<int64_t>(1 + 1e6 / (work + 1));  // as in parallel_gemm
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_chunks(count, grain, [&](int64_t begin, int64_t end) {
     float* const memory = scratch(cpu::kernels().gemm_scratch);
     for (int64_t i = begin; i < end; ++i) task(i, {0, M, 0, N}, memory);
   });

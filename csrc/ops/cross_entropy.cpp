@@ -97,8 +97,8 @@ int64_t inner(const Tensor& x) {
 
 Tensor as_indices(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
-// The sum of f(begin, end) over blocks of `block` rows, about 5 us of work: they follow the shape, so
-// that the sum does not depend on the threads.
+// The sum of f(begin, end) over blocks of `block` rows, about 5 us of work: they follow the shape,
+// so that the sum does not depend on the threads.
 template <class F>
 double sum_blocks(int64_t rows, int64_t block, const F& f) {
   if (rows <= block) return f(0, rows);

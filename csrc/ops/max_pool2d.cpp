@@ -137,9 +137,8 @@ template <class F>
 void parallel_rows(const cpu::Pool& p, const Tensor& x, int64_t unit, const F& f) {
   const int64_t rows = x.numel() / (x.size(-1) * p.C), units = (rows + unit - 1) / unit;
   const int64_t work = unit * x.size(-1) * p.C * p.h.kernel * p.w.kernel;
-  parallel_chunks(units, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-    f(begin * unit, std::min(rows, end * unit));
-  });
+  parallel_chunks(units, std::max<int64_t>(1, kGrain / work),
+                  [&](int64_t begin, int64_t end) { f(begin * unit, std::min(rows, end * unit)); });
 }
 
 // y, and argmax unless it is undefined.

@@ -56,7 +56,7 @@ Tensor relu_cpu(const Tensor& input) {
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   parallel_chunks(y.numel(), kGrain,
-                   [&](int64_t begin, int64_t end) { cpu::kernels().relu(from, to, begin, end); });
+                  [&](int64_t begin, int64_t end) { cpu::kernels().relu(from, to, begin, end); });
   return y;
 }
 

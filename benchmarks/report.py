@@ -222,7 +222,7 @@ def show(results):
             table.add_row(*(Text(text, style) for text, style in zip(row, styles)))
         console.print(table)
     for result in results:
-        for provider, reason in result.get("failed", {}).items():
+        for provider, reason in result["failed"].items():
             console.print(f"failed: {provider}, {result['case']}: {reason}")
     warn_if_busy("during a case", max(r["busy_cores"] for r in results))
 

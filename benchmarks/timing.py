@@ -32,6 +32,21 @@ def batch(step, seconds):
     return (clock() - begin) / calls
 
 
+class StepError(Exception):
+    """A step raised: `name` is whose."""
+
+    def __init__(self, name, error):
+        super().__init__(str(error).splitlines()[0])
+        self.name = name
+
+
+def named(name, f):
+    try:
+        return f()
+    except Exception as error:
+        raise StepError(name, error) from error
+
+
 def interleave(steps, **limits):
     """Time steps, {name: callable}, in turns: see take_turns()."""
     turns = {}
@@ -39,10 +54,10 @@ def interleave(steps, **limits):
     gc.disable()  # a collection would be some step's bad luck
     try:
         for name, step in steps.items():  # the first call may compile, the next ones are warm
-            step()
+            named(name, step)
             begin = clock()
-            step()
-            turns[name] = partial(batch, step, clock() - begin)
+            named(name, step)
+            turns[name] = partial(named, name, partial(batch, step, clock() - begin))
         return take_turns(turns, **limits)
     finally:
         gc.enable()

@@ -23,7 +23,8 @@ SMALL = [
 @pytest.mark.parametrize(("case", "mode"), SMALL)
 def test_every_provider_computes_the_same(case, mode):
     # prepare() itself checks that there are as many results, of the same shapes.
-    _, errors = suite.prepare(case, mode, suite.providers(case))
+    _, errors, failed = suite.prepare(case, mode, suite.providers(case))
+    assert not failed
     assert {"python", "numpy", "torch", "compile", "dlkernels"} <= set(errors)
     assert all(error < 5e-6 for error in errors.values()), errors
 
@@ -31,7 +32,7 @@ def test_every_provider_computes_the_same(case, mode):
 def test_an_error_is_seen():
     case = suite.cases("relu")[0]
     off = {"off": lambda case, inputs: (lambda: [inputs["x"] * 1.01], lambda results: results)}
-    assert suite.prepare(case, "forward", off)[1]["off"] > 0.5
+    assert "off by" in suite.prepare(case, "forward", off)[2]["off"]
 
 
 @pytest.mark.parametrize("op", suite.OPS)

@@ -93,7 +93,11 @@ struct ReluFunction : torch::autograd::Function<ReluFunction> {
 };
 
 Tensor relu_autograd(const Tensor& input) {
-  return is_ours(input) ? ReluFunction::apply(input) : relu_torch(input);
+  if (!is_ours(input)) return relu_torch(input);
+  if (any_requires_grad({&input})) return ReluFunction::apply(input);
+  static const auto op = find_op<Relu>("dlkernels::relu");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(input);
 }
 
 const bool torch_paths = (register_torch_path("relu", relu_torch), true);

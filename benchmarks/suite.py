@@ -62,7 +62,7 @@ def providers(case, quick=False):
     return {name: build for name, build in case.providers.items() if name not in out}
 
 
-WRONG = 1e-3  # nobody's rounding: as torch.compile's on AVX2
+WRONG = 1e-2  # nobody's rounding: as torch.compile's on AVX2
 
 
 def prepare(case, mode, builds):

@@ -268,3 +268,30 @@ def test_copies(pair):
             train(opt, 3, seed=1)
     assert_same(loaded, a)
     assert_same(copied, a)
+
+
+def test_states_in_any_order():
+    """States that come in another order than the parameters, late, anew or by another's hand."""
+    results = []
+    for make in (torch.optim.Adam, optim.Adam):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n)) for n in (3, 40, 5)]
+        opt = make(params, lr=0.1)
+
+        def step(*which, params=params, opt=opt):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(len(p)) if i in which else None
+            opt.step()
+
+        step(2)
+        step(0, 1, 2)
+        step(1)
+        del opt.state[params[1]]
+        step(0, 1, 2)
+        opt.state[params[0]] = {k: v.clone() for k, v in opt.state[params[0]].items()}
+        opt.state[params[2]]["exp_avg"] = torch.ones(5)
+        step(0, 1, 2)
+        opt.state.clear()
+        step(0, 1, 2)
+        results.append(params)
+    torch.testing.assert_close(*results)

@@ -31,24 +31,20 @@ const Tensor* plain(PyObject* object) {
 }
 
 // The states of parameters, which mostly come in the parameters' order: then no key is looked up.
-class States {
- public:
-  explicit States(PyObject* dict) : dict_(dict) {}
+struct States {
+  PyObject* dict;
+  Py_ssize_t at = 0;
+  bool in_order = true;  // so far
 
   // Borrowed; null where there is none.
   PyObject* of(PyObject* param) {
     PyObject *key = nullptr, *value = nullptr;
-    if (in_order && PyDict_Next(dict_, &at_, &key, &value) && key == param) return value;
+    if (in_order && PyDict_Next(dict, &at, &key, &value) && key == param) return value;
     in_order = false;
-    value = PyDict_GetItemWithError(dict_, param);
+    value = PyDict_GetItemWithError(dict, param);
     if (!value && PyErr_Occurred()) throw pybind11::error_already_set();
     return value;
   }
-  bool in_order = true;
-
- private:
-  PyObject* dict_;
-  Py_ssize_t at_ = 0;
 };
 
 // False where a tensor is not plain, has no state yet, or stands here twice.
@@ -62,10 +58,7 @@ bool collect(PyObject* params, States& states, Lists& lists) {
     const Tensor* const param = plain(object);
     if (!param) return false;
     const Tensor& grad = param->grad();
-    if (!grad.defined()) {
-      states.in_order = false;
-      continue;
-    }
+    if (!grad.defined()) continue;
     if (!is_plain(grad) || at::isTensorSubclassLike(grad)) return false;
     PyObject* const state = states.of(object);
     if (!state || !PyDict_CheckExact(state)) return false;
@@ -96,7 +89,7 @@ bool adam_step(const pybind11::dict& state,
       scales[i] = *t;
     }
   std::vector<Lists> all(groups.size());
-  States states(state.ptr());
+  States states = {state.ptr()};
   for (size_t i = 0; i < groups.size(); ++i)
     if (!collect(groups[i].first.ptr(), states, all[i])) return false;
   static const auto op = find_op<AdamOp>("dlkernels::adam_");

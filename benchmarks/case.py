@@ -6,6 +6,7 @@ arrays(what run() returned) are NumPy arrays in PyTorch's layout, the output bef
 """
 
 from dataclasses import dataclass
+from importlib import util
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -14,6 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
+
+PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
+
+
+def missing():
+    return [name for name in PEERS if util.find_spec(name) is None]
 
 
 @dataclass(frozen=True)

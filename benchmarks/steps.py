@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from .case import missing
 from .models import MODELS, torch_step
 from .timing import Others, take_turns
 
@@ -89,7 +90,9 @@ def providers(model, quick):
     return [
         name
         for name, in_quick in PROVIDERS.items()
-        if (images or "channels_last" not in name) and (in_quick or not quick)
+        if (images or "channels_last" not in name)
+        and (in_quick or not quick)
+        and name not in missing()
     ]
 
 

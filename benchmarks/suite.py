@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from functools import partial
-from importlib import import_module, util
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from . import (
     report,
     steps,
 )
+from .case import PEERS, missing
 from .timing import Others, StepError, copy_roof, fma_roof, interleave
 
 MODULES = (
@@ -34,16 +35,11 @@ MODULES = (
     bench_adam,
 )
 OPS = {module.SMALL.op: module for module in MODULES}
-PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
 SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_", "OMP_", "GOMP_", "DLKERNELS_", "ATEN_")
 
 # Before their first import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-
-def missing():
-    return [name for name in PEERS if util.find_spec(name) is None]
 
 
 def cases(op, quick=False):

@@ -1,5 +1,5 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
-// The functions below are what the library says about itself; no tensor is computed here.
+// The functions below are what the library says about itself, and the optimizer's step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -69,9 +69,8 @@ inline void check_device(const char* op, const Tensor& input, const optional<Ten
 
 // ---- threads and memory ---------------------------------------------------------------------
 
-// A new tensor of 32 MB or more, for which malloc maps fresh pages each time: huge ones take a
-// third of the time, which for a pass over memory is most of all. Smaller memory is mostly used
-// again.
+// A new tensor of 32 MB or more, for which malloc maps fresh pages each time: huge ones took a
+// cross-entropy of 2048x32000 from 49 ms to 26. Smaller memory is mostly used again.
 inline Tensor huge(Tensor t) {
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   if (t.is_cpu() && t.nbytes() >= 16 * kHuge) {

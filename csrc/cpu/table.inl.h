@@ -8,6 +8,7 @@ namespace {
 #include "lanes.inl.h"
 #include "math.inl.h"
 #include "pack.inl.h"
+#include "tile.inl.h"
 
 #include "gemm.inl.h"
 

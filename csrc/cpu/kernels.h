@@ -50,6 +50,14 @@ struct Patches {
   int64_t w_begin = 0, w_end = 0;
 };
 
+// An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw], or 0
+// where relu_y, laid out alike, is <= 0. Channels lie along memory (sc = 1), or columns (sw = 1).
+struct Images {
+  const float* data;
+  const float* relu_y;
+  int64_t C, H, W, sn, sc, sh, sw;
+};
+
 // ---- max pooling ---------------------------------------------------------------------------
 
 // One axis of it: element k < kernel of window o is input position o * stride - pad + k * dilation,

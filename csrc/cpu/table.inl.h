@@ -9,6 +9,7 @@ namespace {
 #include "math.inl.h"
 #include "pack.inl.h"
 #include "tile.inl.h"
+#include "block.inl.h"
 
 #include "gemm.inl.h"
 

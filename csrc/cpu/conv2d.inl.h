@@ -1,131 +1,342 @@
-// conv2d as the shared GEMM: the im2col matrix is an operand that packs itself from x, so it never
-// lies in memory. Columns are ordered (kh, kw, c) in both layouts, so that what depends on the
-// window (bounds, offsets) is worked out once for all channels.
+// conv2d directly, and its gradients: register tiles of pixels by output channels, the pixels'
+// windows broadcast from a block (block.inl.h) against panels of weights. The taps of a row of the
+// window lie along memory in a block, so there is no im2col matrix, not even in cache.
 
-// Rows are output pixels: the operand of the forward pass and of grad_input.
-struct PixelRows {
-  const Patches& p;
+// ---- axes ----------------------------------------------------------------------------------
 
-  template <int64_t W>
-  void pack(int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* panel) const {
-    int64_t image[W];
-    const int64_t *h[W], *w[W];
-    int64_t ow = i0 % p.OW, oh = i0 / p.OW % p.OH, n = i0 / p.OW / p.OH;
-    for (int64_t i = 0; i < rows; ++i) {
-      image[i] = n * p.sn;
-      h[i] = p.h + oh * p.KH;
-      w[i] = p.w + ow * p.KW;
-      if (++ow == p.OW) ow = 0, ++oh;
-      if (oh == p.OH) oh = 0, ++n;
-    }
-    const Source s = {p.x, p.relu_y};
-    int64_t tap = k0 / p.C, c = k0 % p.C;
-    for (int64_t k = 0; k < depth; ++tap, c = 0) {
-      const int64_t run = least(p.C - c, depth - k), kh = tap / p.KW, kw = tap % p.KW;
-      int64_t offset[W];
-      for (int64_t i = 0; i < rows; ++i) {
-        const bool inside = h[i][kh] >= 0 && w[i][kw] >= 0;
-        offset[i] = inside ? image[i] + h[i][kh] * p.sh + w[i][kw] * p.sw + c * p.sc : -1;
-      }
-      if (p.sc == 1)
-        pack_rows<W>(s, offset, rows, run, panel + k * W);
-      else
-        pack_planes<W>(s, offset, rows, run, panel + k * W);
-      k += run;
-    }
-  }
-
-  // Channels are planes, and neighbouring pixels mostly neighbours in memory: copy such stretches.
-  template <int64_t W>
-  void pack_planes(const Source& s, const int64_t* offset, int64_t rows, int64_t run,
-                   float* panel) const {
-    int64_t length = 1;
-    for (int64_t i = 0; i < W; i += length) {
-      const int64_t first = i < rows ? offset[i] : -1;
-      length = 1;
-      if (first < 0) {
-        while (i + length < W && (i + length >= rows || offset[i + length] < 0)) ++length;
-      } else {
-        while (i + length < rows && offset[i + length] == first + length) ++length;
-      }
-      for (int64_t k = 0; k < run; ++k) {
-        if (first >= 0 && length == 1)
-          panel[k * W + i] = s.at(first + k * p.sc);
-        else
-          pack_run(s, first + k * p.sc, first < 0 ? 0 : length, length, panel + k * W + i);
-      }
-    }
-  }
+// The taps of one output that exist: tap first + i * step is input at + i * at_step, i < count.
+struct Taps {
+  int64_t first, step, count, at, at_step;
 };
 
-// Rows are taps (kh, kw, c) and the depth runs over pixels: the operand of grad_weight.
-struct TapRows {
-  const Patches& p;
-
-  struct Tap {
-    int64_t kh, kw, c;
-  };
-
-  int64_t offset(const Tap& t, int64_t n, int64_t oh, int64_t ow) const {
-    const int64_t h = p.h[oh * p.KH + t.kh], w = p.w[ow * p.KW + t.kw];
-    return h < 0 || w < 0 ? -1 : n * p.sn + h * p.sh + w * p.sw + t.c * p.sc;
+static Taps taps_of(const ConvAxis& a, int64_t o) {
+  int64_t gcd = a.up;
+  for (int64_t rest = a.dilation; rest;) {
+    const int64_t next = gcd % rest;
+    gcd = rest, rest = next;
   }
-
-  template <int64_t W>
-  void pack(int64_t j0, int64_t rows, int64_t k0, int64_t depth, float* panel) const {
-    Tap taps[W];
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t tap = (j0 + j) / p.C;
-      taps[j] = {tap / p.KW, tap % p.KW, (j0 + j) % p.C};
-    }
-    int64_t ow = k0 % p.OW, oh = k0 / p.OW % p.OH, n = k0 / p.OW / p.OH;
-    for (int64_t k = 0, step; k < depth; k += step) {
-      // Columns of one output row that all taps read inside x go through one transposition.
-      const bool along = p.sw == 1 && p.sc != 1 && ow >= p.w_begin && ow < p.w_end;
-      step = along ? least(p.w_end - ow, depth - k) : 1;
-      float* out = panel + k * W;
-      if (along) {
-        int64_t offsets[W];
-        for (int64_t j = 0; j < rows; ++j) offsets[j] = offset(taps[j], n, oh, ow);
-        pack_rows<W>({p.x, p.relu_y}, offsets, rows, step, out);
-      } else {
-        pack_pixel<W>(taps, rows, n, oh, ow, out);
-      }
-      ow += step;
-      if (ow == p.OW) ow = 0, ++oh;
-      if (oh == p.OH) oh = 0, ++n;
-    }
-  }
-
-  // One pixel: a stretch of channels for each (kh, kw) of the panel.
-  template <int64_t W>
-  void pack_pixel(const Tap* taps, int64_t rows, int64_t n, int64_t oh, int64_t ow,
-                  float* out) const {
-    const Source s = {p.x, p.relu_y};
-    for (int64_t j = 0; j < rows;) {
-      const int64_t from = offset(taps[j], n, oh, ow);
-      const int64_t run = p.sc == 1 ? least(p.C - taps[j].c, rows - j) : 1;
-      if (run == 1)
-        out[j] = from < 0 ? 0.0f : s.at(from);
-      else
-        pack_run(s, from, from < 0 ? 0 : run, run, out + j);
-      j += run;
-    }
-    for (int64_t j = rows; j < W; ++j) out[j] = 0.0f;
-  }
-};
-
-static void conv2d(const Patches& patches, const float* weight, bool channels_last,
-                   const GemmOutput& out, const GemmPart& part, float* scratch) {
-  const int64_t K = patches.KH * patches.KW * patches.C;
-  const Matrix w = {weight, K, 1, nullptr};
-  if (channels_last)
-    gemm_part(PixelRows{patches}, MatrixRows{w}, K, out, part, scratch);
-  else
-    gemm_part(MatrixRows{w}, PixelRows{patches}, K, out, part, scratch);
+  Taps t = {0, a.up / gcd, 0, 0, a.dilation / gcd};
+  const int64_t start = o * a.stride - a.pad, candidates = least(t.step, a.taps);
+  while (t.first < candidates && (start + t.first * a.dilation) % a.up != 0) ++t.first;
+  if (t.first == candidates) return t;
+  t.count = (a.taps - t.first + t.step - 1) / t.step;
+  t.at = (start + t.first * a.dilation) / a.up;
+  return t;
 }
 
-static void conv2d_grad_weight(const Matrix& grad_y, const Patches& patches, int64_t pixels,
-                               const GemmOutput& out, const GemmPart& part, float* scratch) {
-  gemm_part(MatrixRows{grad_y}, TapRows{patches}, pixels, out, part, scratch);
+// The inputs that `size` outputs from o on reach: `begin` is at most the first of them.
+static int64_t reach_begin(const ConvAxis& a, int64_t o) {
+  const int64_t start = o * a.stride - a.pad;
+  return start / a.up - (start % a.up < 0);
+}
+static int64_t reach(const ConvAxis& a, int64_t size) {
+  return ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 2 - (a.up == 1);
+}
+
+// ---- blocks --------------------------------------------------------------------------------
+
+// How an image's outputs are cut into blocks, from the sizes alone.
+struct Cut {
+  int64_t rows, cols;      // outputs of a block
+  int64_t count_w, count;  // blocks an image
+  int64_t in_cols, x_floats, pitch;
+  int64_t g_pitch, g_floats;  // of the gradient's block
+
+  explicit Cut(const Conv2d& v) {
+    constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: within L2, a block of L1's order
+    pitch = v.x.C;
+    cols = v.w.out;
+    const auto floats = [&](int64_t r, int64_t c) {
+      return reach(v.h, r) * reach(v.w, c) * pitch + r * c * v.K;
+    };
+    while (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide) cols = (cols + 1) / 2;
+    rows = 1;
+    while (rows < v.h.out && floats(rows + 1, cols) <= kBlock) ++rows;
+    const int64_t count_h = (v.h.out + rows - 1) / rows;
+    rows = (v.h.out + count_h - 1) / count_h;
+    count_w = (v.w.out + cols - 1) / cols;
+    count = count_h * count_w;
+    in_cols = reach(v.w, cols);
+    x_floats = round_up(reach(v.h, rows) * in_cols * pitch);
+    g_pitch = round_up(v.K);
+    g_floats = rows * cols * g_pitch + kTileCols;
+  }
+  static int64_t round_up(int64_t n) { return (n + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth; }
+};
+
+// One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
+struct Block {
+  int64_t n, h, h_end, w, w_end, in_h, in_w, in_cols;
+  const float* x;
+
+  Block(const Conv2d& v, const Cut& cut, int64_t index, float* scratch) : x(scratch) {
+    n = index / cut.count;
+    h = index % cut.count / cut.count_w * cut.rows;
+    w = index % cut.count % cut.count_w * cut.cols;
+    h_end = least(h + cut.rows, v.h.out), w_end = least(w + cut.cols, v.w.out);
+    in_h = reach_begin(v.h, h), in_w = reach_begin(v.w, w), in_cols = cut.in_cols;
+    load_block(v.x, n, in_h, reach(v.h, h_end - h), in_w, in_cols, v.x.C, scratch);
+  }
+};
+
+static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
+static int64_t conv2d_scratch(const Conv2d& v) {
+  const Cut cut(v);
+  return cut.x_floats + most(cut.cols * kTileCols, cut.g_floats);
+}
+
+// ---- weights -------------------------------------------------------------------------------
+
+// Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k.
+static int64_t conv2d_panels(const Conv2d& v) {
+  return v.groups * ((v.K / v.groups + kTileCols - 1) / kTileCols);
+}
+static int64_t conv2d_panel_floats(const Conv2d& v) {
+  return v.h.taps * v.w.taps * (v.x.C / v.groups) * kTileCols;
+}
+
+// What panel `index` is of: channels [k, k + lanes) of group `group`, counted in the group.
+struct Panel {
+  int64_t group, k, lanes;
+  Panel(const Conv2d& v, int64_t index) {
+    const int64_t channels = v.K / v.groups, panels = conv2d_panels(v) / v.groups;
+    group = index / panels;
+    k = index % panels * kTileCols;
+    lanes = least(channels - k, kTileCols);
+  }
+};
+
+static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
+  const int64_t c = v.x.C / v.groups;
+  for (int64_t i = begin; i < end; ++i) {
+    const Panel p(v, i);
+    float* panel = to + i * conv2d_panel_floats(v);
+    const int64_t from = p.group * f.sg + p.k * f.so;
+    for (int64_t kh = 0; kh < v.h.taps; ++kh)
+      for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols) {
+        const int64_t tap = from + kh * f.sh + kw * f.sw;
+        store_zeros(panel, c * kTileCols);
+        if (f.si == 1)
+          transpose_copy({f.data, nullptr}, tap, f.so, p.lanes, c, panel, kTileCols);
+        else
+          for (int64_t j = 0; j < c; ++j)
+            for (int64_t o = 0; o < p.lanes; ++o)
+              panel[j * kTileCols + o] = f.data[tap + j * f.si + o * f.so];
+      }
+  }
+}
+
+// ---- forward, and grad_input, which is one with up = stride ----------------------------------
+
+// Outputs of one row whose windows lie alike, by one panel's channels.
+struct ConvRow {
+  const float* x;  // the first output's first tap
+  int64_t x_step, x_row, x_col;
+  const float* weight;
+  int64_t weight_row, weight_col;
+  int64_t rows, cols, depth;  // the taps, and the floats of each
+  float* y;
+  int64_t y_step, lanes;
+  const float* bias;  // of the panel, or null
+  bool relu;
+
+  template <int R, int V>
+  void tile(int64_t pixel) const {
+    Tile<R, V> t;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j)
+        t.add_rows(x + pixel * x_step + i * x_row + j * x_col, x_step,
+                   weight + i * weight_row + j * weight_col, kTileCols, depth);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const int64_t n = least(lanes - v * Vec::kWidth, Vec::kWidth);
+      const Vec b = bias ? Vec::load(bias + v * Vec::kWidth, n) : Vec::zero();
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        Vec z = t.c[r][v] + b;
+        if (relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
+        store(z, y + (pixel + r) * y_step + v * Vec::kWidth, n);
+      }
+    }
+  }
+
+  template <int R = kTileRows>
+  void tiles(int64_t pixel, int64_t pixels) const {
+    if constexpr (R > 1)
+      if (pixels < R) return tiles<R - 1>(pixel, pixels);
+    if (lanes > Vec::kWidth)
+      tile<R, 2>(pixel);
+    else
+      tile<R, 1>(pixel);
+  }
+
+  // As few tiles as can be, all of about one size.
+  void run(int64_t pixels) const {
+    const int64_t count = (pixels + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0, p = 0; i < count; ++i) {
+      const int64_t end = pixels * (i + 1) / count;
+      tiles(p, end - p);
+      p = end;
+    }
+  }
+};
+
+// Row h of a block, one panel, all columns [w, w_end), to y: a pixel every y_step floats.
+static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const float* weight,
+                       int64_t h, float* y, int64_t y_step) {
+  const int64_t C = v.x.C, c = C / v.groups;
+  const Taps th = taps_of(v.h, h);
+  for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
+    const Taps tw = taps_of(v.w, w);
+    const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
+    const ConvRow row = {
+        .x = b.x + ((th.at - b.in_h) * b.in_cols + tw.at - b.in_w) * C + p.group * c,
+        .x_step = v.w.stride * C,
+        .x_row = th.at_step * b.in_cols * C,
+        .x_col = tw.at_step * C,
+        .weight = weight + (th.first * v.w.taps + tw.first) * c * kTileCols,
+        .weight_row = th.step * v.w.taps * c * kTileCols,
+        .weight_col = tw.step * c * kTileCols,
+        .rows = tw.count ? th.count : 0,
+        .cols = joined ? 1 : tw.count,
+        .depth = joined ? tw.count * c : c,
+        .y = y + (w - b.w) * y_step,
+        .y_step = v.w.up * y_step,
+        .lanes = p.lanes,
+        .bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
+        .relu = v.relu};
+    row.run((b.w_end - w + v.w.up - 1) / v.w.up);
+  }
+}
+
+static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
+                   int64_t panel_begin, int64_t panel_end, float* scratch) {
+  const Cut cut(v);
+  float* const planes = scratch + cut.x_floats;  // a row of channels_last results, for NCHW
+  for (int64_t i = begin; i < end; ++i) {
+    const Block b(v, cut, i, scratch);
+    for (int64_t j = panel_begin; j < panel_end; ++j) {
+      const Panel p(v, j);
+      const float* panel = weight + j * conv2d_panel_floats(v);
+      for (int64_t h = b.h; h < b.h_end; ++h) {
+        float* y = v.y + b.n * v.yn + h * v.yh + b.w * v.yw +
+                   (p.group * (v.K / v.groups) + p.k) * v.yc;
+        if (v.yc == 1) {
+          conv2d_row(v, b, p, panel, h, y, v.yw);
+        } else {
+          conv2d_row(v, b, p, panel, h, planes, kTileCols);
+          transpose_copy({planes, nullptr}, 0, kTileCols, b.w_end - b.w, p.lanes, y, v.yc);
+        }
+      }
+    }
+  }
+}
+
+// ---- grad_weight and grad_bias ---------------------------------------------------------------
+
+// sums (groups, KH, KW, c, k): of x's windows times the gradient g, over blocks [begin, end).
+struct ConvColumns {
+  const float *x, *g;
+  int64_t x_step, x_row, g_pitch, rows, cols;
+  float* sums;
+  int64_t pitch, lanes;
+  bool add;
+
+  template <int R, int V>
+  void tile(int64_t j) const {
+    Tile<R, V> t;
+    for (int64_t i = 0; i < rows; ++i)
+      t.add_columns(x + i * x_row + j, x_step, g + i * cols * g_pitch, g_pitch, cols);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const int64_t n = least(lanes - v * Vec::kWidth, Vec::kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float* to = sums + (j + r) * pitch + v * Vec::kWidth;
+        store(add ? t.c[r][v] + load(to, n) : t.c[r][v], to, n);
+      }
+    }
+  }
+
+  template <int R = kTileRows>
+  void tiles(int64_t j, int64_t size) const {
+    if constexpr (R > 1)
+      if (size < R) return tiles<R - 1>(j, size);
+    if (lanes > Vec::kWidth)
+      tile<R, 2>(j);
+    else
+      tile<R, 1>(j);
+  }
+
+  void run(int64_t size) const {
+    const int64_t count = (size + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0, j = 0; i < count; ++i) {
+      const int64_t end = size * (i + 1) / count;
+      tiles(j, end - j);
+      j = end;
+    }
+  }
+};
+
+static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
+                               int64_t panel_begin, int64_t panel_end, float* sums,
+                               float* bias_sums, float* scratch) {
+  const Cut cut(v);
+  const int64_t C = v.x.C, c = C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
+  const bool joined = v.groups == 1 && v.w.dilation == 1;
+  float* const g_block = scratch + cut.x_floats;
+  for (int64_t i = begin; i < end; ++i) {
+    const Block b(v, cut, i, scratch);
+    const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w;
+    load_block(grad_y, b.n, b.h, rows, b.w, cols, cut.g_pitch, g_block);
+    for (int64_t q = panel_begin; q < panel_end; ++q) {
+      const Panel p(v, q);
+      const float* g = g_block + p.group * k + p.k;
+      if (bias_sums) {
+        each_vector(0, p.lanes, [&](int64_t lane, int64_t n) {
+          float* to = bias_sums + p.group * k + p.k + lane;
+          Vec total = i > begin ? load(to, n) : Vec::zero();
+          for (int64_t r = 0; r < rows; ++r) {  // a row first, for its error
+            Vec sum = Vec::zero();
+            for (int64_t w = 0; w < cols; ++w)
+              sum = sum + Vec::load(g + (r * cols + w) * cut.g_pitch + lane);
+            total = total + sum;
+          }
+          store(total, to, n);
+        });
+      }
+      if (!sums) continue;
+      for (int64_t kh = 0; kh < v.h.taps; ++kh)
+        for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
+          const ConvColumns columns = {
+              .x = b.x + (kh * v.h.dilation * b.in_cols + kw * v.w.dilation) * C + p.group * c,
+              .g = g,
+              .x_step = v.w.stride * C,
+              .x_row = v.h.stride * b.in_cols * C,
+              .g_pitch = cut.g_pitch,
+              .rows = rows,
+              .cols = cols,
+              .sums = sums + ((p.group * taps + kh * v.w.taps + kw) * c) * k + p.k,
+              .pitch = k,
+              .lanes = p.lanes,
+              .add = i > begin};
+          columns.run(joined ? v.w.taps * c : c);
+        }
+    }
+  }
+}
+
+// to[k, c, kh, kw] = sums as above, summed already; `to` by the strides of f, for which f.data is null.
+static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to) {
+  const int64_t c = v.x.C / v.groups, k = v.K / v.groups;
+  for (int64_t g = 0; g < v.groups; ++g)
+    for (int64_t kh = 0; kh < v.h.taps; ++kh)
+      for (int64_t kw = 0; kw < v.w.taps; ++kw, sums += c * k) {
+        float* tap = to + g * f.sg + kh * f.sh + kw * f.sw;
+        if (f.si == 1)
+          transpose_copy({sums, nullptr}, 0, k, c, k, tap, f.so);
+        else
+          for (int64_t o = 0; o < k; ++o)
+            for (int64_t i = 0; i < c; ++i) tap[o * f.so + i * f.si] = sums[i * k + o];
+      }
 }

@@ -33,22 +33,7 @@ struct GemmPart {
   int64_t m0, m1, n0, n1;
 };
 
-// ---- convolution as that GEMM --------------------------------------------------------------
-
-// The im2col matrix of one group, read from x and never stored. Row (n, oh, ow) is the window of
-// an output pixel; column (kh, kw, c) its tap: x[n * sn + c * sc + h[oh, kh] * sh + w[ow, kw] *
-// sw], or 0 where h or w is -1 (padding, or a hole between the strides of a transposed
-// convolution).
-struct Patches {
-  const float* x;
-  const float* relu_y = nullptr;  // as in Matrix
-  int64_t sn, sc, sh, sw;
-  int64_t C, KH, KW, OH, OW;
-  const int64_t* h;  // (OH, KH)
-  const int64_t* w;  // (OW, KW)
-  // Columns ow of which all w[ow, :] lie in x, and one further for the next ow; none if unknown.
-  int64_t w_begin = 0, w_end = 0;
-};
+// ---- convolution ----
 
 // An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw], or 0
 // where relu_y, laid out alike, is <= 0. Channels lie along memory (sc = 1), or columns (sw = 1).
@@ -56,6 +41,30 @@ struct Images {
   const float* data;
   const float* relu_y;
   int64_t C, H, W, sn, sc, sh, sw;
+};
+
+// One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a whole
+// number. The gradient of a convolution is one with up = its stride.
+struct ConvAxis {
+  int64_t out, taps, stride, pad, dilation, up = 1;
+};
+
+// x -> y (N, K, OH, OW) = act(conv2d(x) + bias). y by its strides, as Images.
+struct Conv2d {
+  Images x;
+  ConvAxis h, w;
+  int64_t groups, K;
+  float* y = nullptr;
+  int64_t yn = 0, yc = 0, yh = 0, yw = 0;
+  const float* bias = nullptr;  // (K) or null
+  bool relu = false;
+};
+
+// Weights: output o and input i of group g at data[g * sg + o * so + i * si + kh * sh + kw * sw]. A
+// rotated kernel has negative steps.
+struct Filter {
+  const float* data;
+  int64_t sg, so, si, sh, sw;
 };
 
 // ---- max pooling ---------------------------------------------------------------------------
@@ -120,14 +129,29 @@ struct Kernels {
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                const GemmPart& part, float* scratch);
 
-  // y[pixel, k] = sum_j patches[pixel, j] * weight[k, j], j over (kh, kw, c); weight contiguous.
-  // channels_last: out's rows are pixels and its columns k. Otherwise the other way round.
-  void (*conv2d)(const Patches& patches, const float* weight, bool channels_last,
-                 const GemmOutput& out, const GemmPart& part, float* scratch);
+  // conv2d works on blocks of an image's outputs, and on panels of output channels. The floats of
+  // scratch and of a panel must not overflow: the caller sees to that.
+  int64_t (*conv2d_blocks)(const Conv2d& conv);  // an image
+  int64_t (*conv2d_scratch)(const Conv2d& conv);
+  int64_t (*conv2d_panels)(const Conv2d& conv);
+  int64_t (*conv2d_panel_floats)(const Conv2d& conv);
 
-  // grad_weight[k, j] = sum_pixel grad_y[k, pixel] * patches[pixel, j]
-  void (*conv2d_grad_weight)(const Matrix& grad_y, const Patches& patches, int64_t pixels,
-                             const GemmOutput& out, const GemmPart& part, float* scratch);
+  // Packs the weights of panels [begin, end).
+  void (*conv2d_pack)(const Conv2d& conv, const Filter& filter, float* packed, int64_t begin,
+                      int64_t end);
+
+  // Blocks [begin, end) of all images, panels [panel_begin, panel_end).
+  void (*conv2d)(const Conv2d& conv, const float* packed, int64_t begin, int64_t end,
+                 int64_t panel_begin, int64_t panel_end, float* scratch);
+
+  // sums (groups, KH, KW, c, k) = sum over blocks [begin, end) of x's windows times grad_y, and
+  // bias_sums (K) of grad_y. Either may be null. Only the panels' own channels are touched.
+  void (*conv2d_grad_weight)(const Conv2d& conv, const Images& grad_y, int64_t begin, int64_t end,
+                             int64_t panel_begin, int64_t panel_end, float* sums, float* bias_sums,
+                             float* scratch);
+
+  // to = sums, in the strides of a filter.
+  void (*conv2d_unpack)(const Conv2d& conv, const float* sums, const Filter& strides, float* to);
 
   // y[i] = sum_r x[r * n + i], in order
   void (*sum_rows)(const float* x, int64_t rows, int64_t n, float* y, int64_t begin, int64_t end);

@@ -67,7 +67,8 @@ struct Cut {
       return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
     };
     cols = v.w.out;
-    while (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide) cols = (cols + 1) / 2;
+    while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
+      cols = (cols + 1) / 2;
     rows = 1;
     while (rows < v.h.out && floats(rows + 1, cols) <= kBlock) ++rows;
     const int64_t count_h = (v.h.out + rows - 1) / rows;
@@ -269,8 +270,16 @@ struct ConvColumns {
 
   template <int R, int V>
   void tile(int64_t j) const {
+    for (int64_t i = 0, end; i < rows; i = end) {
+      end = least(rows, i + most(kDepth / cols, 1));  // sums of sums, for their error
+      tile<R, V>(j, i, end, add || i > 0);
+    }
+  }
+
+  template <int R, int V>
+  void tile(int64_t j, int64_t row, int64_t row_end, bool add) const {
     Tile<R, V> t;
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = row; i < row_end; ++i)
       t.add_columns(x + i * x_row + j, x_step, g + i * cols * g_pitch, g_pitch, cols);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {

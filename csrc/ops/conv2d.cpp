@@ -26,6 +26,106 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
       "-> (Tensor, Tensor, Tensor)");
 }
 
+// ---- cpu: the passes, shared with conv2d_relu_max_pool2d -----------------------------------
+
+namespace conv {
+namespace {
+
+// Work on blocks and panels of a pass, `flops` in all: f(block, block_end, panel, panel_end,
+// scratch).
+using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, int64_t, float*)>;
+void parallel_blocks(const cpu::Conv2d& v, int64_t blocks, double flops, Pass f) {
+  const cpu::Kernels& table = cpu::kernels();
+  const int64_t panels = table.conv2d_panels(v), floats = table.conv2d_scratch(v);
+  // With few blocks, several threads share one, each with some of its panels.
+  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / blocks, 1, panels);
+  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (blocks * parts) + 1));
+  parallel_chunks(blocks * parts, grain, [&](int64_t begin, int64_t end) {
+    float* const memory = scratch(floats);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts;
+      f(i / parts, i / parts + 1, panels * part / parts, panels * (part + 1) / parts, memory);
+    }
+  });
+}
+
+double flops(const Geometry& g) {
+  return 2.0 * static_cast<double>(g.N * g.K) * static_cast<double>(g.OH * g.OW) *
+         static_cast<double>(g.c * g.KH * g.KW);
+}
+
+// Sums over all pixels of all images. The blocks are
+// cut into chunks, each with sums of its own, by a rule of the shape alone: same bits always.
+void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x,
+                   const Tensor& grad_weight, const Tensor& grad_bias) {
+  const cpu::Kernels& table = cpu::kernels();
+  const cpu::Conv2d v = g.forward(x);
+  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d_blocks(v);
+  const int64_t chunks =
+      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(blocks, 16));
+  const Tensor sums = at::empty({chunks, grad_weight.defined() ? size : 0}, at::kFloat);
+  const Tensor bias_sums = at::empty({chunks, grad_bias.defined() ? g.K : 0}, at::kFloat);
+  float* const to = grad_weight.defined() ? sums.mutable_data_ptr<float>() : nullptr;
+  float* const bias_to = grad_bias.defined() ? bias_sums.mutable_data_ptr<float>() : nullptr;
+  parallel_blocks(
+      v, chunks, flops(g), [&](int64_t i, int64_t, int64_t from, int64_t end, float* memory) {
+        table.conv2d_grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
+                                 end, to ? to + i * size : nullptr,
+                                 bias_to ? bias_to + i * g.K : nullptr, memory);
+      });
+  const auto reduce = [&](const float* partial, int64_t n, float* result) {
+    parallel_chunks(
+        n, 65536, [&](int64_t b, int64_t e) { table.sum_rows(partial, chunks, n, result, b, e); });
+  };
+  if (grad_bias.defined()) reduce(bias_to, g.K, grad_bias.mutable_data_ptr<float>());
+  if (grad_weight.defined()) {
+    const Tensor total = at::empty({size}, at::kFloat);
+    reduce(to, size, total.mutable_data_ptr<float>());
+    table.conv2d_unpack(v, total.const_data_ptr<float>(), g.filter(grad_weight),
+                        grad_weight.mutable_data_ptr<float>());
+  }
+}
+
+}  // namespace
+
+void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
+  const cpu::Kernels& table = cpu::kernels();
+  const int64_t panels = table.conv2d_panels(v), panel = table.conv2d_panel_floats(v);
+  const Tensor packed = at::empty({panels * panel}, at::kFloat);
+  float* const weights = packed.mutable_data_ptr<float>();
+  parallel_chunks(panels, 1 + 20000 / panel, [&](int64_t begin, int64_t end) {
+    table.conv2d_pack(v, filter, weights, begin, end);
+  });
+  parallel_blocks(v, g.N * table.conv2d_blocks(v), flops(g),
+                  [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
+                    table.conv2d(v, weights, begin, end, from, to, memory);
+                  });
+}
+
+Grads new_gradients(const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
+  const auto format = layout(input, weight);
+  const auto empty = [&](const Tensor& like) {
+    const Tensor x = at::empty_symint(batched(like).sym_sizes(), input.options(), format);
+    return like.dim() == 3 ? x.squeeze(0) : x;
+  };
+  return {mask[0] ? empty(input) : Tensor(), mask[1] ? empty(weight) : Tensor(),
+          mask[2] ? at::empty_symint({weight.sym_size(0)}, input.options()) : Tensor()};
+}
+
+void gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& input,
+               const Tensor& weight, const Grads& out) {
+  const auto& [grad_input, grad_weight, grad_bias] = out;
+  if (grad_input.defined()) {
+    cpu::Conv2d v = g.backward(grad_y);
+    g.set_output(v, huge(grad_input), g.images(grad_input, g.C, g.H, g.W));
+    convolve(g, v, g.reversed(weight));
+  }
+  if (grad_weight.defined() || grad_bias.defined())
+    sum_gradients(g, grad_y, batched(input).contiguous(g.format()), grad_weight, grad_bias);
+}
+
+}  // namespace conv
+
 namespace {
 
 using namespace conv;
@@ -36,7 +136,6 @@ OpStats conv2d_stats("conv2d"), conv2d_relu_stats("conv2d_relu"),
 template <bool kRelu>
 constexpr const char* kName = kRelu ? "conv2d_relu" : "conv2d";
 
-using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Conv2d = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                       SymInt groups);
@@ -81,9 +180,7 @@ Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const optional<Ten
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                    SymInt groups) {
   const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups);
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->sym_size(0) == sizes[1]), kName<kRelu>,
-              ": bias must be (", sizes[1], ") (weight is ", weight.sym_sizes(), "), got bias ",
-              bias->sym_sizes());
+  check_bias(kName<kRelu>, weight, bias);
   const Tensor y = at::empty_symint(sizes, input.options(), layout(input, weight));
   return input.dim() == 3 ? y.squeeze(0) : y;
 }
@@ -104,59 +201,10 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
           input.sym_numel() != 0 && weight.sym_numel() != 0,
       "conv2d_backward: tensors must be dense float32 and not empty, got grad_y ",
       grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ", weight.scalar_type());
-  const auto format = layout(input, weight);
-  const auto empty = [&](const Tensor& like) {
-    const Tensor x = at::empty_symint(batched(like).sym_sizes(), input.options(), format);
-    return like.dim() == 3 ? x.squeeze(0) : x;
-  };
-  return {mask[0] ? empty(input) : Tensor(), mask[1] ? empty(weight) : Tensor(),
-          mask[2] ? at::empty_symint({weight.sym_size(0)}, input.options()) : Tensor()};
+  return new_gradients(input, weight, mask);
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
-
-// Work on blocks and panels of a pass, `flops` in all: f(block, block_end, panel, panel_end,
-// scratch).
-using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, int64_t, float*)>;
-void parallel_blocks(const cpu::Conv2d& v, int64_t blocks, double flops, Pass f) {
-  const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), floats = table.conv2d_scratch(v);
-  // With few blocks, several threads share one, each with some of its panels.
-  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / blocks, 1, panels);
-  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (blocks * parts) + 1));
-  parallel_chunks(blocks * parts, grain, [&](int64_t begin, int64_t end) {
-    float* const memory = scratch(floats);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % parts;
-      f(i / parts, i / parts + 1, panels * part / parts, panels * (part + 1) / parts, memory);
-    }
-  });
-}
-
-double flops(const Geometry& g) {
-  return 2.0 * static_cast<double>(g.N * g.K) * static_cast<double>(g.OH * g.OW) *
-         static_cast<double>(g.c * g.KH * g.KW);
-}
-
-// One pass: forward, or grad_input.
-void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
-  const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), panel = table.conv2d_panel_floats(v);
-  const Tensor packed = at::empty({panels * panel}, at::kFloat);
-  float* const weights = packed.mutable_data_ptr<float>();
-  parallel_chunks(panels, 1 + 20000 / panel, [&](int64_t begin, int64_t end) {
-    table.conv2d_pack(v, filter, weights, begin, end);
-  });
-  parallel_blocks(v, g.N * table.conv2d_blocks(v), flops(g),
-                  [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
-                    table.conv2d(v, weights, begin, end, from, to, memory);
-                  });
-}
-
-// Where y goes.
-void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
-  v.y = y.mutable_data_ptr<float>(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
-}
 
 template <bool kRelu>
 Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
@@ -166,70 +214,29 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
   Tensor y = huge(conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups));
   (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
-  const Geometry g(input, weight, stride, padding, dilation, groups);
+  const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
   const Tensor x = batched(input).contiguous(g.format());
   const Tensor b = bias ? bias->contiguous() : Tensor();
   cpu::Conv2d v = g.forward(x);
-  set_output(v, y, g.outputs(y));
+  g.set_output(v, y, g.images(y, g.K, g.OH, g.OW));
   v.bias = bias ? b.const_data_ptr<float>() : nullptr, v.relu = kRelu;
   convolve(g, v, g.filter(weight));
   return y;
 }
 
-// grad_weight[k, c, kh, kw] and grad_bias[k]: sums over all pixels of all images. The blocks are
-// cut into chunks, each with sums of its own, by a rule of the shape alone: same bits always.
-void conv2d_grad_weight(const Geometry& g, const cpu::Images& grad_y, const Tensor& x,
-                        const optional<Tensor>& grad_weight, const optional<Tensor>& grad_bias) {
-  const cpu::Kernels& table = cpu::kernels();
-  const cpu::Conv2d v = g.forward(x);
-  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d_blocks(v);
-  const int64_t chunks =
-      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(blocks, 16));
-  const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, at::kFloat);
-  const Tensor bias_sums = at::empty({chunks, grad_bias ? g.K : 0}, at::kFloat);
-  float* const to = grad_weight ? sums.mutable_data_ptr<float>() : nullptr;
-  float* const bias_to = grad_bias ? bias_sums.mutable_data_ptr<float>() : nullptr;
-  parallel_blocks(
-      v, chunks, flops(g), [&](int64_t i, int64_t, int64_t from, int64_t end, float* memory) {
-        table.conv2d_grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
-                                 end, to ? to + i * size : nullptr,
-                                 bias_to ? bias_to + i * g.K : nullptr, memory);
-      });
-  const auto reduce = [&](const float* partial, int64_t n, float* result) {
-    parallel_chunks(
-        n, 65536, [&](int64_t b, int64_t e) { table.sum_rows(partial, chunks, n, result, b, e); });
-  };
-  if (grad_bias) reduce(bias_to, g.K, grad_bias->mutable_data_ptr<float>());
-  if (grad_weight) {
-    const Tensor total = at::empty({size}, at::kFloat);
-    reduce(to, size, total.mutable_data_ptr<float>());
-    table.conv2d_unpack(v, total.const_data_ptr<float>(), g.filter(*grad_weight),
-                        grad_weight->mutable_data_ptr<float>());
-  }
-}
-
 Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
                           const optional<Tensor>& y, SymIntArrayRef stride, SymIntArrayRef padding,
                           SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
-  auto [grad_input, grad_weight, grad_bias] =
+  const Grads grads =
       conv2d_backward_meta(grad_y, input, weight, y, stride, padding, dilation, groups, mask);
   conv2d_backward_stats.kernel_ran();
-  const Geometry g(input, weight, stride, padding, dilation, groups);
+  const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
   const Tensor gy = batched(grad_y).contiguous(g.format());
   const Tensor yc = y ? batched(*y).contiguous(g.format()) : Tensor();
   const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
-  const cpu::Images images = g.outputs(gy, relu_y);
-  if (mask[0]) {
-    cpu::Conv2d v = g.backward(images);
-    set_output(v, huge(grad_input), g.inputs(grad_input));
-    convolve(g, v, g.reversed(weight));
-  }
-  if (mask[1] || mask[2]) {
-    const Tensor x = batched(input).contiguous(g.format());
-    conv2d_grad_weight(g, images, x, mask[1] ? optional(grad_weight) : std::nullopt,
-                       mask[2] ? optional(grad_bias) : std::nullopt);
-  }
-  return {grad_input, grad_weight, grad_bias};
+  const cpu::Images images = g.images(gy, g.K, g.OH, g.OW, relu_y);
+  gradients(g, images, input, weight, grads);
+  return grads;
 }
 
 // ---- gradient -----------------------------------------------------------------------------

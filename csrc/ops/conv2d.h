@@ -61,6 +61,12 @@ inline std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& wei
   return sizes;
 }
 
+inline void check_bias(const char* op, const Tensor& weight, const optional<Tensor>& bias) {
+  const SymInt K = weight.sym_size(0);
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->sym_size(0) == K), op, ": bias must be (", K,
+              ") (weight is ", weight.sym_sizes(), "), got bias ", bias->sym_sizes());
+}
+
 // A checked call in plain numbers, and the passes that it is made of.
 struct Geometry {
   int64_t N, C, H, W, K, KH, KW, OH, OW, groups, c, k;  // c, k: channels a group
@@ -78,10 +84,14 @@ struct Geometry {
     stride = {number(s[0]), number(s.back())}, dilation = {number(d[0]), number(d.back())};
     padding = {number(p[0]), number(p[2])};
     channels_last = layout(input, weight) == at::MemoryFormat::ChannelsLast;
-    const auto all = {padding[0],    number(p[1]),  padding[1], number(p.back()),
-                      stride[0] - 1, stride[1] - 1, KH - 1,     KW - 1};
-    if (std::ranges::all_of(all, [](int64_t n) { return n == 0; }))  // 1x1: one long row
-      OW = W = H * W, OH = H = 1;
+  }
+
+  // Images as one long row each, where the convolution has no more of a plane than that.
+  Geometry in_a_row() const {
+    Geometry row = *this;
+    if (KH == 1 && KW == 1 && stride[0] == 1 && stride[1] == 1 && OH == H && OW == W)
+      row.OW = row.W = H * W, row.OH = row.H = 1;
+    return row;
   }
 
   at::MemoryFormat format() const {
@@ -101,14 +111,9 @@ struct Geometry {
             channels_last ? w * channels : w,
             channels_last ? channels : 1};
   }
-  cpu::Images outputs(const Tensor& y, const float* relu_y = nullptr) const {
-    return images(y, K, OH, OW, relu_y);
-  }
-  cpu::Images inputs(const Tensor& x) const { return images(x, C, H, W); }
-
   // y = conv2d(x)
   cpu::Conv2d forward(const Tensor& x) const {
-    return {.x = inputs(x),
+    return {.x = images(x, C, H, W),
             .h = {OH, KH, stride[0], padding[0], dilation[0]},
             .w = {OW, KW, stride[1], padding[1], dilation[1]},
             .groups = groups,
@@ -123,6 +128,10 @@ struct Geometry {
     };
     return {.x = grad_y, .h = axis(0, H, KH), .w = axis(1, W, KW), .groups = groups, .K = C};
   }
+  // Where a pass writes: as() says how that lies.
+  static void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
+    v.y = y.mutable_data_ptr<float>(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
+  }
   // The weights (K, c, KH, KW) as either reads them.
   cpu::Filter filter(const Tensor& w) const {
     const auto s = w.strides();
@@ -134,5 +143,17 @@ struct Geometry {
     return {last, k * s[0], s[1], s[0], -s[2], -s[3]};
   }
 };
+
+// A pass v of g, forward or grad_input, with the weights that it reads.
+void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter);
+
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+
+// New tensors for the gradients of input, weight and bias, as far as the mask wants them.
+Grads new_gradients(const Tensor& input, const Tensor& weight, std::array<bool, 3> mask);
+
+// Fills those that are defined.
+void gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& input,
+               const Tensor& weight, const Grads& out);
 
 }  // namespace dlkernels::conv

@@ -122,6 +122,22 @@ bool ours(const Args& args, const Tensor& input, const Tensor& weight,
          weight.sym_numel() != 0 && args.pool.fit_argmax();
 }
 
+// Windows of 2x2: what is pooled is never stored. Others are one op after the other.
+bool is_fused(const Args& args) { return args.pool.window[0] == 2 && args.pool.window[1] == 2; }
+
+// y ([N,] K, PH, PW), laid out as conv2d's, and argmax, channels last
+Two new_outputs(const Args& args, const Tensor& input, const Tensor& weight,
+                const optional<Tensor>& bias) {
+  conv::check_bias(args.pool.op, weight, bias);
+  auto sizes =
+      conv::output_sizes(input, weight, args.stride, args.padding, args.dilation, args.groups);
+  for (const int i : {0, 1}) sizes[2 + i] = pool::output_size(args.pool, i, sizes[2 + i]);
+  const Tensor y = at::empty_symint(sizes, input.options(), conv::layout(input, weight));
+  const Tensor argmax =
+      at::empty_symint(sizes, input.options().dtype(at::kByte), at::MemoryFormat::ChannelsLast);
+  return input.dim() == 3 ? Two(y.squeeze(0), argmax.squeeze(0)) : Two(y, argmax);
+}
+
 // ---- shapes, and what is computed: one op after the other, on the CPU and on meta -----------
 
 Tensor conv2d_relu_max_pool2d_meta(const Args& args, const Tensor& input, const Tensor& weight,
@@ -131,6 +147,7 @@ Tensor conv2d_relu_max_pool2d_meta(const Args& args, const Tensor& input, const 
 
 Two conv2d_relu_max_pool2d_forward_meta(const Args& args, const Tensor& input, const Tensor& weight,
                                         const optional<Tensor>& bias) {
+  if (is_fused(args)) return new_outputs(args, input, weight, bias);
   static const auto pool =
       find_op<Two(const Tensor&, IntArrayRef, bool)>("dlkernels::max_pool2d_forward");
   auto [y, argmax] =
@@ -160,11 +177,53 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
 
 // ---- cpu ----------------------------------------------------------------------------------
 
+conv::Geometry geometry(const Args& args, const Tensor& input, const Tensor& weight) {
+  return {input, weight, args.stride, args.padding, args.dilation, args.groups};
+}
+
+Two fused(const Args& args, const Tensor& input, const Tensor& weight,
+          const optional<Tensor>& bias) {
+  auto [y, argmax] = new_outputs(args, input, weight, bias);
+  if (y.numel() == 0) return {y, argmax};
+  const conv::Geometry g = geometry(args, input, weight);
+  const Tensor x = batched(input).contiguous(g.format());
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  cpu::Conv2d v = g.forward(x);
+  v.h.out = g.OH / 2 * 2, v.w.out = g.OW / 2 * 2;
+  g.set_output(v, y, g.images(y, g.K, g.OH / 2, g.OW / 2));
+  v.bias = bias ? b.const_data_ptr<float>() : nullptr, v.relu = true;
+  v.argmax = argmax.mutable_data_ptr<uint8_t>();
+  convolve(g, v, g.filter(weight));
+  return {y, argmax};
+}
+
+Grads fused_backward(const Args& args, const Tensor& grad_y, const Tensor& argmax,
+                     const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
+  pool::check_argmax(args.pool, argmax, plane(args, input, weight));
+  TORCH_CHECK(
+      grad_y.sizes() == argmax.sizes() && argmax.dim() == input.dim() &&
+          argmax.size(-3) == weight.size(0) && batched(argmax).size(0) == batched(input).size(0),
+      args.pool.op, "_backward: grad_y and argmax must be of the output's size, got grad_y ",
+      grad_y.sizes(), " and argmax ", argmax.sizes());
+  for (const Tensor& t : {grad_y, input, weight})
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t), args.pool.op,
+                                "_backward: tensors must be dense float32, got ", t.scalar_type());
+  const conv::Geometry g = geometry(args, input, weight);
+  const Tensor gy = batched(grad_y).contiguous(g.format());
+  const Tensor elements = batched(argmax).contiguous(at::MemoryFormat::ChannelsLast);
+  cpu::Images images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
+  images.H = g.OH, images.W = g.OW, images.argmax = elements.const_data_ptr<uint8_t>();
+  const Grads out = conv::new_gradients(input, weight, mask);
+  conv::gradients(g, images, input, weight, out);
+  return out;
+}
+
 Tensor conv2d_relu_max_pool2d_cpu(const Args& args, const Tensor& input, const Tensor& weight,
                                   const optional<Tensor>& bias) {
   if (!ours(args, input, weight, bias))
     return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
-  Tensor y = conv2d_relu_max_pool2d_meta(args, input, weight, bias);
+  Tensor y = is_fused(args) ? std::get<0>(fused(args, input, weight, bias))
+                            : conv2d_relu_max_pool2d_meta(args, input, weight, bias);
   stats.kernel_ran();
   return y;
 }
@@ -176,7 +235,8 @@ Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, co
                               "of at most 255 elements, got input ",
                               input.scalar_type(), ", weight ", weight.scalar_type(),
                               " and windows of ", args.window().slice(0, 2));
-  Two out = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
+  Two out = is_fused(args) ? fused(args, input, weight, bias)
+                           : conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
   stats.kernel_ran();
   return out;
 }
@@ -186,8 +246,11 @@ Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& ar
                                           SymIntArrayRef stride, SymIntArrayRef padding,
                                           SymIntArrayRef dilation, SymInt groups,
                                           SymIntArrayRef pool, std::array<bool, 3> mask) {
-  Grads out = conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride, padding,
-                                                   dilation, groups, pool, mask);
+  const Args args(stride, padding, dilation, groups, pool);
+  Grads out = is_fused(args)
+                  ? fused_backward(args, grad_y, argmax, input, weight, mask)
+                  : conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride,
+                                                         padding, dilation, groups, pool, mask);
   backward_stats.kernel_ran();
   return out;
 }

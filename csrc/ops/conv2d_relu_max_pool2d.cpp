@@ -1,7 +1,5 @@
 // conv2d_relu_max_pool2d: schema, shapes, CPU and gradient. max_pool2d(relu(conv2d(..))) with
 // windows that lie side by side.
-#include <ATen/core/Tensor.h>
-
 #include "common.h"
 #include "conv2d.h"
 #include "max_pool2d.h"
@@ -122,28 +120,29 @@ bool ours(const Args& args, const Tensor& input, const Tensor& weight,
          weight.sym_numel() != 0 && args.pool.fit_argmax();
 }
 
-// ---- shapes, and what is computed: one op after the other, on the CPU and on meta -----------
+// ---- shapes: those of one op after the other, which on the CPU are what computes, too --------
 
-Tensor conv2d_relu_max_pool2d_meta(const Args& args, const Tensor& input, const Tensor& weight,
-                                   const optional<Tensor>& bias) {
+Tensor composed(const Args& args, const Tensor& input, const Tensor& weight,
+                const optional<Tensor>& bias) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   return max_pool2d(args, conv2d(/*relu=*/true, args, input, weight, bias));
 }
 
-Two conv2d_relu_max_pool2d_forward_meta(const Args& args, const Tensor& input, const Tensor& weight,
-                                        const optional<Tensor>& bias) {
+// argmax is still that of max_pool2d_forward.
+Two composed_forward(const Args& args, const Tensor& input, const Tensor& weight,
+                     const optional<Tensor>& bias) {
   static const auto pool =
       find_op<Two(const Tensor&, IntArrayRef, bool)>("dlkernels::max_pool2d_forward");
-  auto [y, argmax] =
-      pool.call(conv2d(/*relu=*/true, args, input, weight, bias), args.window(), false);
-  argmax.masked_fill_(y.le(0), cpu::kNoElement);
-  return {y, argmax};
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return pool.call(conv2d(/*relu=*/true, args, input, weight, bias), args.window(),
+                   /*ceil_mode=*/false);
 }
 
-Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& argmax,
-                                           const Tensor& input, const Tensor& weight,
-                                           SymIntArrayRef stride, SymIntArrayRef padding,
-                                           SymIntArrayRef dilation, SymInt groups,
-                                           SymIntArrayRef pool, std::array<bool, 3> mask) {
+// 255 is no element, so what ReLU let not pass counts for nothing.
+Grads composed_backward(const Tensor& grad_y, const Tensor& argmax, const Tensor& input,
+                        const Tensor& weight, SymIntArrayRef stride, SymIntArrayRef padding,
+                        SymIntArrayRef dilation, SymInt groups, SymIntArrayRef pool,
+                        std::array<bool, 3> mask) {
   static const auto pool_backward =
       find_op<Tensor(const Tensor&, const Tensor&, SymIntArrayRef, IntArrayRef, bool)>(
           "dlkernels::max_pool2d_backward");
@@ -152,7 +151,7 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
                     SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, std::array<bool, 3>)>(
           "dlkernels::conv2d_backward");
   const Args args(stride, padding, dilation, groups, pool);
-  // 255 is no element, so what ReLU let not pass counts for nothing.
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Tensor grad = pool_backward.call(grad_y, argmax, plane(args, input, weight), args.window(),
                                          /*ceil_mode=*/false);
   return conv2d_backward.call(grad, input, weight, {}, stride, padding, dilation, groups, mask);
@@ -164,7 +163,7 @@ Tensor conv2d_relu_max_pool2d_cpu(const Args& args, const Tensor& input, const T
                                   const optional<Tensor>& bias) {
   if (!ours(args, input, weight, bias))
     return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
-  Tensor y = conv2d_relu_max_pool2d_meta(args, input, weight, bias);
+  Tensor y = composed(args, input, weight, bias);
   stats.kernel_ran();
   return y;
 }
@@ -176,9 +175,14 @@ Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, co
                               "of at most 255 elements, got input ",
                               input.scalar_type(), ", weight ", weight.scalar_type(),
                               " and windows of ", args.window().slice(0, 2));
-  Two out = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
+  auto [y, argmax] = composed_forward(args, input, weight, bias);
   stats.kernel_ran();
-  return out;
+  const float* const maximum = y.const_data_ptr<float>();  // lies as argmax does
+  uint8_t* const arg = argmax.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, y.numel(), 65536, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) arg[i] = maximum[i] <= 0 ? cpu::kNoElement : arg[i];
+  });
+  return {y, argmax};
 }
 
 Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
@@ -186,8 +190,8 @@ Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& ar
                                           SymIntArrayRef stride, SymIntArrayRef padding,
                                           SymIntArrayRef dilation, SymInt groups,
                                           SymIntArrayRef pool, std::array<bool, 3> mask) {
-  Grads out = conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride, padding,
-                                                   dilation, groups, pool, mask);
+  Grads out = composed_backward(grad_y, argmax, input, weight, stride, padding, dilation, groups,
+                                pool, mask);
   backward_stats.kernel_ran();
   return out;
 }
@@ -274,9 +278,9 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward_cpu);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
-  m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_meta>);
-  m.impl("conv2d_relu_max_pool2d_forward", called<Two, conv2d_relu_max_pool2d_forward_meta>);
-  m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward_meta);
+  m.impl("conv2d_relu_max_pool2d", called<Tensor, composed>);
+  m.impl("conv2d_relu_max_pool2d_forward", called<Two, composed_forward>);
+  m.impl("conv2d_relu_max_pool2d_backward", composed_backward);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_autograd>);

@@ -70,51 +70,68 @@ class Conv2dReLU(Case):
     def python(self, x, weight, bias, grad_y=None):
         """y[k][oh][ow] = max(0, sum_{c,kh,kw} x[c][oh*s+kh-p][ow*s+kw-p] * weight[k][c][kh][kw]
         + bias[k]), where what lies outside of x counts as 0."""
-        C, K, OH, taps = range(self.C), range(self.K), range(self.OH), range(self.kernel)
-        s, p, H = self.stride, self.padding, self.H
+        K, OH = range(self.K), range(self.OH)
         y = [[[[0.0 for _ in OH] for _ in OH] for _ in K] for _ in x]
-        grad_x = [[[[0.0] * H for _ in range(H)] for _ in C] for _ in x]
+        for n, image in enumerate(x):
+            for oh in OH:
+                for ow in OH:
+                    window = self.window(oh, ow)
+                    for k in K:
+                        products = (image[c][h][w] * weight[k][c][i][j] for c, i, j, h, w in window)
+                        y[n][k][oh][ow] = max(0.0, sum(products) + bias[k])
+        return [y] if grad_y is None else [y, *self.python_backward(x, weight, y, grad_y)]
+
+    def python_backward(self, x, weight, y, grad_y):
+        C, K, OH, taps = range(self.C), range(self.K), range(self.OH), range(self.kernel)
+        grad_x = [[[[0.0] * self.H for _ in range(self.H)] for _ in C] for _ in x]
         grad_weight = [[[[0.0 for _ in taps] for _ in taps] for _ in C] for _ in K]
         grad_bias = [0.0 for _ in K]
         for n, image in enumerate(x):
             for oh in OH:
                 for ow in OH:
-                    window = [
-                        (c, kh, kw, h, w)
-                        for c in C
-                        for kh in taps
-                        for kw in taps
-                        if 0 <= (h := oh * s + kh - p) < H and 0 <= (w := ow * s + kw - p) < H
-                    ]
+                    window = self.window(oh, ow)
                     for k in K:
-                        products = (image[c][h][w] * weight[k][c][i][j] for c, i, j, h, w in window)
-                        y[n][k][oh][ow] = max(0.0, sum(products) + bias[k])
-                        if grad_y is None or y[n][k][oh][ow] == 0:
+                        if y[n][k][oh][ow] == 0:
                             continue
                         g = grad_y[n][k][oh][ow]
                         grad_bias[k] += g
                         for c, kh, kw, h, w in window:
                             grad_weight[k][c][kh][kw] += g * image[c][h][w]
                             grad_x[n][c][h][w] += g * weight[k][c][kh][kw]
-        return [y] if grad_y is None else [y, grad_x, grad_weight, grad_bias]
+        return grad_x, grad_weight, grad_bias
+
+    def window(self, oh, ow):
+        """(c, kh, kw, h, w) of what lies inside x."""
+        s, p, H, taps = self.stride, self.padding, self.H, range(self.kernel)
+        return [
+            (c, kh, kw, h, w)
+            for c in range(self.C)
+            for kh in taps
+            for kw in taps
+            if 0 <= (h := oh * s + kh - p) < H and 0 <= (w := ow * s + kw - p) < H
+        ]
 
     def numpy(self, x, weight, bias, grad_y=None):
-        k, s, p, OH = self.kernel, self.stride, self.padding, self.OH
+        windows, y = self.numpy_forward(x, weight, bias)
+        return [y] if grad_y is None else [y, *self.numpy_backward(windows, weight, y, grad_y)]
+
+    def numpy_forward(self, x, weight, bias):
+        k, s, p = self.kernel, self.stride, self.padding
         padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(2, 3))
         windows = windows[:, :, ::s, ::s]  # (N, C, OH, OW, KH, KW)
         y = np.tensordot(weight, windows, ([1, 2, 3], [1, 4, 5]))  # (K, N, OH, OW)
-        y = np.maximum(y.swapaxes(0, 1) + bias[:, None, None], 0)
-        if grad_y is None:
-            return [y]
+        return windows, np.maximum(y.swapaxes(0, 1) + bias[:, None, None], 0)
+
+    def numpy_backward(self, windows, weight, y, grad_y):
+        k, s, p, H, OH = self.kernel, self.stride, self.padding, self.H, self.OH
         g = grad_y * (y > 0)
         grad_weight = np.tensordot(g, windows, ([0, 2, 3], [0, 2, 3]))
-        grad_padded = np.zeros_like(padded)
+        grad_padded = np.zeros((self.N, self.C, H + 2 * p, H + 2 * p), y.dtype)
         for h, w in np.ndindex(k, k):
             tap = np.tensordot(weight[:, :, h, w], g, ([0], [1]))  # (C, N, OH, OW)
             grad_padded[:, :, h : h + OH * s : s, w : w + OH * s : s] += tap.swapaxes(0, 1)
-        grad_x = grad_padded[:, :, p : p + self.H, p : p + self.H]
-        return [y, grad_x, grad_weight, g.sum(axis=(0, 2, 3))]
+        return grad_padded[:, :, p : p + H, p : p + H], grad_weight, g.sum(axis=(0, 2, 3))
 
     def jax(self, x, weight, bias):
         import jax

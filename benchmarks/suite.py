@@ -16,6 +16,7 @@ import dlkernels
 from . import (
     bench_adam,
     bench_conv2d_relu,
+    bench_conv2d_relu_max_pool2d,
     bench_cross_entropy,
     bench_linear_relu,
     bench_max_pool2d,
@@ -29,6 +30,7 @@ from .timing import Others, StepError, copy_roof, fma_roof, interleave
 MODULES = (
     bench_linear_relu,
     bench_conv2d_relu,
+    bench_conv2d_relu_max_pool2d,
     bench_max_pool2d,
     bench_relu,
     bench_cross_entropy,

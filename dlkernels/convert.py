@@ -72,7 +72,7 @@ def convert(model, *, fuse=True):
 
     In an ``nn.Sequential``, a Linear or Conv2d and the ReLU after it become one pass: the first
     applies the ReLU, and the second, a ``FusedReLU``, keeps its place; and so does a
-    ``FusedMaxPool2d`` after a Conv2d and its ReLU, if its windows lie side by side. The values in
+    ``FusedMaxPool2d`` after a Conv2d and its ReLU, if its windows are 2x2 side by side. The values in
     between then no longer exist. So neighbours with a hook on one of them, or used in a second
     place, are not fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after
     the last of them, and putting another module in the first one's place loses what it applied,
@@ -209,7 +209,7 @@ def _plan_fusing(model, fuse, becomes, left):
 
 
 def _is_one_op(pool):
-    return not pool.return_indices and functional._side_by_side(*_window(pool))
+    return not pool.return_indices and functional._are_2x2(*_window(pool))
 
 
 def _window(pool):

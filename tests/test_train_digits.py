@@ -108,7 +108,7 @@ print(json.dumps(dlkernels.stats()))
 """
 OPS = {
     "mlp": {"linear_relu", "linear", "cross_entropy", "adam_"},
-    "cnn": {"conv2d_relu", "max_pool2d", "linear_relu", "linear", "cross_entropy", "adam_"},
+    "cnn": {"conv2d_relu_max_pool2d", "linear_relu", "linear", "cross_entropy", "adam_"},
 }
 
 

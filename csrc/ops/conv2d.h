@@ -98,19 +98,14 @@ struct Geometry {
     return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   }
 
-  // An (N, channels, H, W) tensor in one of the two layouts.
-  cpu::Images images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
-                     const float* relu_y = nullptr) const {
-    return {t.const_data_ptr<float>(),
-            relu_y,
-            channels,
-            h,
-            w,
-            channels * h * w,
-            channels_last ? 1 : h * w,
-            channels_last ? w * channels : w,
-            channels_last ? channels : 1};
+  // A dense (N, channels, H, W) tensor in either layout.
+  static cpu::Images images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
+                            const float* relu_y = nullptr) {
+    const float* const data = t.const_data_ptr<float>();
+    if (t.is_contiguous()) return {data, relu_y, channels, h, w, channels * h * w, h * w, w, 1};
+    return {data, relu_y, channels, h, w, channels * h * w, 1, w * channels, channels};
   }
+
   // y = conv2d(x)
   cpu::Conv2d forward(const Tensor& x) const {
     return {.x = images(x, C, H, W),
@@ -128,7 +123,7 @@ struct Geometry {
     };
     return {.x = grad_y, .h = axis(0, H, KH), .w = axis(1, W, KW), .groups = groups, .K = C};
   }
-  // Where a pass writes: as() says how that lies.
+  // Where a pass writes: `as` says how that lies.
   static void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
     v.y = y.mutable_data_ptr<float>(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }

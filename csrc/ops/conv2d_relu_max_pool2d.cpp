@@ -1,5 +1,5 @@
-// conv2d_relu_max_pool2d: schema, shapes, CPU and gradient. max_pool2d(relu(conv2d(..))) with
-// windows that lie side by side.
+// conv2d_relu_max_pool2d: schema, shapes, CPU and gradient. max_pool2d(relu(conv2d(..)), 2): what
+// is pooled exists in cache alone.
 #include <ATen/core/Tensor.h>
 
 #include "common.h"
@@ -8,27 +8,25 @@
 
 namespace dlkernels {
 
-// `pool` is the window's size and its stride. argmax is all that the gradient needs to know of what
-// was pooled: a byte, the position kh * KW + kw of the maximum in its window as max_pool2d_forward
-// has it, or 255 where the maximum is <= 0 and ReLU lets no gradient pass.
+// argmax (N, K, PH, PW), channels last, is all that the gradient needs to know of what was pooled:
+// a byte, 2 * row + column of the maximum in its window, or 255 where that is <= 0 and ReLU lets no
+// gradient pass.
 TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   m.def(
       "conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, SymInt[2] pool) -> Tensor");
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def(
       "conv2d_relu_max_pool2d_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, SymInt[2] pool) "
-      "-> (Tensor y, Tensor argmax)");
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> (Tensor y, Tensor argmax)");
   // Gradients nobody asked for come back undefined.
   m.def(
       "conv2d_relu_max_pool2d_backward(Tensor grad_y, Tensor argmax, Tensor input, Tensor weight, "
-      "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, SymInt[2] pool, "
+      "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {
 
-using at::IntArrayRef;
 using c10::SymInt;
 using c10::SymIntArrayRef;
 using conv::batched;
@@ -36,49 +34,39 @@ using conv::batched;
 OpStats stats("conv2d_relu_max_pool2d"), backward_stats("conv2d_relu_max_pool2d_backward");
 
 using Two = std::tuple<Tensor, Tensor>;
-using Grads = std::tuple<Tensor, Tensor, Tensor>;
+using conv::Grads;
 
 // The arguments but for the tensors.
 struct Args {
   SymIntArrayRef stride, padding, dilation;
   SymInt groups;
-  pool::Args pool;
-
-  Args(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
-       SymIntArrayRef pool)
-      : stride(stride),
-        padding(padding),
-        dilation(dilation),
-        groups(groups),
-        pool("conv2d_relu_max_pool2d", pool::ints(pool), {}, {0}, {1}, /*ceil_mode=*/false) {}
-
-  IntArrayRef window() const { return pool.window; }
-  c10::SymDimVector pool_size() const { return {pool.window[0], pool.window[1]}; }
 };
+const pool::Args& pooling() {
+  static const pool::Args args("conv2d_relu_max_pool2d", {2}, {}, {0}, {1}, /*ceil_mode=*/false);
+  return args;
+}
 
 template <class Result>
 using Op = Result(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                  SymInt groups, SymIntArrayRef pool);
+                  SymInt groups);
 using BackwardOp = Grads(const Tensor& grad_y, const Tensor& argmax, const Tensor& input,
                          const Tensor& weight, SymIntArrayRef stride, SymIntArrayRef padding,
-                         SymIntArrayRef dilation, SymInt groups, SymIntArrayRef pool,
-                         std::array<bool, 3> mask);
+                         SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask);
 
 // f as the ops are called.
 template <class Result,
           Result (*f)(const Args&, const Tensor&, const Tensor&, const optional<Tensor>&)>
 Result called(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
-              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-              SymIntArrayRef pool) {
-  return f({stride, padding, dilation, groups, pool}, input, weight, bias);
+              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+              SymInt groups) {
+  return f({stride, padding, dilation, groups}, input, weight, bias);
 }
 
 template <class Result>
 Result call(const c10::TypedOperatorHandle<Op<Result>>& op, const Args& args, const Tensor& input,
             const Tensor& weight, const optional<Tensor>& bias) {
-  return op.call(input, weight, bias, args.stride, args.padding, args.dilation, args.groups,
-                 args.pool_size());
+  return op.call(input, weight, bias, args.stride, args.padding, args.dilation, args.groups);
 }
 
 // ---- the two ops that this is one of --------------------------------------------------------
@@ -93,11 +81,12 @@ Tensor conv2d(bool relu, const Args& args, const Tensor& input, const Tensor& we
       .call(input, weight, bias, args.stride, args.padding, args.dilation, args.groups);
 }
 
-Tensor max_pool2d(const Args& args, const Tensor& x) {
+Tensor max_pool2d(const Tensor& x) {
   static const auto op =
       find_op<Tensor(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef,
                      bool)>("dlkernels::max_pool2d");
-  return op.call(x, args.pool_size(), {}, {0}, {1}, /*ceil_mode=*/false);
+  static const std::array<SymInt, 1> size = {2}, none = {0}, one = {1};
+  return op.call(x, size, {}, none, one, /*ceil_mode=*/false);
 }
 
 // (OH, OW) of the convolution
@@ -111,85 +100,71 @@ c10::SymDimVector plane(const Args& args, const Tensor& input, const Tensor& wei
 Tensor conv2d_relu_max_pool2d_torch(const Args& args, const Tensor& input, const Tensor& weight,
                                     const optional<Tensor>& bias) {
   stats.torch_ran();
-  return max_pool2d(args, conv2d(/*relu=*/true, args, input, weight, bias));
+  return max_pool2d(conv2d(/*relu=*/true, args, input, weight, bias));
 }
 
-bool ours(const Args& args, const Tensor& input, const Tensor& weight,
-          const optional<Tensor>& bias) {
-  check_device(args.pool.op, input, weight);
-  check_device(args.pool.op, input, bias);
+bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  check_device(pooling().op, input, weight);
+  check_device(pooling().op, input, bias);
   return is_ours(input) && is_ours(weight) && is_ours(bias) && input.sym_numel() != 0 &&
-         weight.sym_numel() != 0 && args.pool.fit_argmax();
+         weight.sym_numel() != 0;
 }
 
-// Windows of 2x2: what is pooled is never stored. Others are one op after the other.
-bool is_fused(const Args& args) { return args.pool.window[0] == 2 && args.pool.window[1] == 2; }
+// ---- shapes -------------------------------------------------------------------------------
 
-// y ([N,] K, PH, PW), laid out as conv2d's, and argmax, channels last
-Two new_outputs(const Args& args, const Tensor& input, const Tensor& weight,
-                const optional<Tensor>& bias) {
-  conv::check_bias(args.pool.op, weight, bias);
+// y ([N,] K, PH, PW), laid out as PyTorch's, and argmax
+Two conv2d_relu_max_pool2d_forward_meta(const Args& args, const Tensor& input, const Tensor& weight,
+                                        const optional<Tensor>& bias) {
+  conv::check_bias(pooling().op, weight, bias);
   auto sizes =
       conv::output_sizes(input, weight, args.stride, args.padding, args.dilation, args.groups);
-  for (const int i : {0, 1}) sizes[2 + i] = pool::output_size(args.pool, i, sizes[2 + i]);
-  const Tensor y = at::empty_symint(sizes, input.options(), conv::layout(input, weight));
+  for (const int i : {0, 1}) sizes[2 + i] = pool::output_size(pooling(), i, sizes[2 + i]);
+  const auto layout = input.dim() == 3 ? at::MemoryFormat::Contiguous : conv::layout(input, weight);
+  const Tensor y = at::empty_symint(sizes, input.options(), layout);
   const Tensor argmax =
       at::empty_symint(sizes, input.options().dtype(at::kByte), at::MemoryFormat::ChannelsLast);
   return input.dim() == 3 ? Two(y.squeeze(0), argmax.squeeze(0)) : Two(y, argmax);
 }
 
-// ---- shapes, and what is computed: one op after the other, on the CPU and on meta -----------
-
 Tensor conv2d_relu_max_pool2d_meta(const Args& args, const Tensor& input, const Tensor& weight,
                                    const optional<Tensor>& bias) {
-  return max_pool2d(args, conv2d(/*relu=*/true, args, input, weight, bias));
-}
-
-Two conv2d_relu_max_pool2d_forward_meta(const Args& args, const Tensor& input, const Tensor& weight,
-                                        const optional<Tensor>& bias) {
-  if (is_fused(args)) return new_outputs(args, input, weight, bias);
-  static const auto pool =
-      find_op<Two(const Tensor&, IntArrayRef, bool)>("dlkernels::max_pool2d_forward");
-  auto [y, argmax] =
-      pool.call(conv2d(/*relu=*/true, args, input, weight, bias), args.window(), false);
-  argmax.masked_fill_(y.le(0), cpu::kNoElement);
-  return {y, argmax};
+  return std::get<0>(conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias));
 }
 
 Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& argmax,
                                            const Tensor& input, const Tensor& weight,
                                            SymIntArrayRef stride, SymIntArrayRef padding,
                                            SymIntArrayRef dilation, SymInt groups,
-                                           SymIntArrayRef pool, std::array<bool, 3> mask) {
-  static const auto pool_backward =
-      find_op<Tensor(const Tensor&, const Tensor&, SymIntArrayRef, IntArrayRef, bool)>(
-          "dlkernels::max_pool2d_backward");
-  static const auto conv2d_backward =
-      find_op<Grads(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
-                    SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, std::array<bool, 3>)>(
-          "dlkernels::conv2d_backward");
-  const Args args(stride, padding, dilation, groups, pool);
-  // 255 is no element, so what ReLU let not pass counts for nothing.
-  const Tensor grad = pool_backward.call(grad_y, argmax, plane(args, input, weight), args.window(),
-                                         /*ceil_mode=*/false);
-  return conv2d_backward.call(grad, input, weight, {}, stride, padding, dilation, groups, mask);
+                                           std::array<bool, 3> mask) {
+  const char* const op = "conv2d_relu_max_pool2d_backward";
+  for (const Tensor& t : {argmax, input, weight}) check_device(op, grad_y, t);
+  pool::check_argmax(pooling(), argmax, plane({stride, padding, dilation, groups}, input, weight));
+  TORCH_CHECK(grad_y.sym_sizes() == argmax.sym_sizes() && argmax.dim() == input.dim() &&
+                  argmax.sym_size(-3) == weight.sym_size(0) &&
+                  batched(argmax).sym_size(0) == batched(input).sym_size(0),
+              op, ": grad_y and argmax must be of the output's size, got grad_y ",
+              grad_y.sym_sizes(), " and argmax ", argmax.sym_sizes());
+  for (const Tensor& t : {grad_y, input, weight})
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t) && t.sym_numel() != 0, op,
+                                ": tensors must be dense float32 and not empty, got ",
+                                t.scalar_type(), " of ", t.sym_sizes());
+  return conv::new_gradients(input, weight, mask);
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-conv::Geometry geometry(const Args& args, const Tensor& input, const Tensor& weight) {
-  return {input, weight, args.stride, args.padding, args.dilation, args.groups};
-}
-
-Two fused(const Args& args, const Tensor& input, const Tensor& weight,
-          const optional<Tensor>& bias) {
-  auto [y, argmax] = new_outputs(args, input, weight, bias);
-  if (y.numel() == 0) return {y, argmax};
-  const conv::Geometry g = geometry(args, input, weight);
+Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, const Tensor& weight,
+                                       const optional<Tensor>& bias) {
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weight, bias), pooling().op,
+                              "_forward: tensors must be dense float32 and not empty, got input ",
+                              input.scalar_type(), ", weight ", weight.scalar_type());
+  auto [y, argmax] = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
+  stats.kernel_ran();
+  const conv::Geometry g(input, weight, args.stride, args.padding, args.dilation, args.groups);
   const Tensor x = batched(input).contiguous(g.format());
   const Tensor b = bias ? bias->contiguous() : Tensor();
   cpu::Conv2d v = g.forward(x);
-  v.h.out = g.OH / 2 * 2, v.w.out = g.OW / 2 * 2;
+  v.h.out = g.OH / 2 * 2, v.w.out = g.OW / 2 * 2;  // what lies in no window is not computed
   g.set_output(v, y, g.images(y, g.K, g.OH / 2, g.OW / 2));
   v.bias = bias ? b.const_data_ptr<float>() : nullptr, v.relu = true;
   v.argmax = argmax.mutable_data_ptr<uint8_t>();
@@ -197,61 +172,26 @@ Two fused(const Args& args, const Tensor& input, const Tensor& weight,
   return {y, argmax};
 }
 
-Grads fused_backward(const Args& args, const Tensor& grad_y, const Tensor& argmax,
-                     const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
-  pool::check_argmax(args.pool, argmax, plane(args, input, weight));
-  TORCH_CHECK(
-      grad_y.sizes() == argmax.sizes() && argmax.dim() == input.dim() &&
-          argmax.size(-3) == weight.size(0) && batched(argmax).size(0) == batched(input).size(0),
-      args.pool.op, "_backward: grad_y and argmax must be of the output's size, got grad_y ",
-      grad_y.sizes(), " and argmax ", argmax.sizes());
-  for (const Tensor& t : {grad_y, input, weight})
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t), args.pool.op,
-                                "_backward: tensors must be dense float32, got ", t.scalar_type());
-  const conv::Geometry g = geometry(args, input, weight);
-  const Tensor gy = batched(grad_y).contiguous(g.format());
-  const Tensor elements = batched(argmax).contiguous(at::MemoryFormat::ChannelsLast);
-  cpu::Images images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
-  images.H = g.OH, images.W = g.OW, images.argmax = elements.const_data_ptr<uint8_t>();
-  const Grads out = conv::new_gradients(input, weight, mask);
-  conv::gradients(g, images, input, weight, out);
-  return out;
-}
-
 Tensor conv2d_relu_max_pool2d_cpu(const Args& args, const Tensor& input, const Tensor& weight,
                                   const optional<Tensor>& bias) {
-  if (!ours(args, input, weight, bias))
-    return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
-  Tensor y = is_fused(args) ? std::get<0>(fused(args, input, weight, bias))
-                            : conv2d_relu_max_pool2d_meta(args, input, weight, bias);
-  stats.kernel_ran();
-  return y;
-}
-
-Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, const Tensor& weight,
-                                       const optional<Tensor>& bias) {
-  TORCH_CHECK_NOT_IMPLEMENTED(ours(args, input, weight, bias), args.pool.op,
-                              "_forward: tensors must be dense float32 and not empty, and windows "
-                              "of at most 255 elements, got input ",
-                              input.scalar_type(), ", weight ", weight.scalar_type(),
-                              " and windows of ", args.window().slice(0, 2));
-  Two out = is_fused(args) ? fused(args, input, weight, bias)
-                           : conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
-  stats.kernel_ran();
-  return out;
+  if (!ours(input, weight, bias)) return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
+  return std::get<0>(conv2d_relu_max_pool2d_forward_cpu(args, input, weight, bias));
 }
 
 Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
                                           const Tensor& input, const Tensor& weight,
                                           SymIntArrayRef stride, SymIntArrayRef padding,
                                           SymIntArrayRef dilation, SymInt groups,
-                                          SymIntArrayRef pool, std::array<bool, 3> mask) {
-  const Args args(stride, padding, dilation, groups, pool);
-  Grads out = is_fused(args)
-                  ? fused_backward(args, grad_y, argmax, input, weight, mask)
-                  : conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride,
-                                                         padding, dilation, groups, pool, mask);
+                                          std::array<bool, 3> mask) {
+  const Grads out = conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride,
+                                                         padding, dilation, groups, mask);
   backward_stats.kernel_ran();
+  const conv::Geometry g(input, weight, stride, padding, dilation, groups);
+  const Tensor gy = batched(grad_y).contiguous(g.format());
+  const Tensor elements = batched(argmax).contiguous(at::MemoryFormat::ChannelsLast);
+  cpu::Images images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
+  images.H = g.OH, images.W = g.OW, images.argmax = elements.const_data_ptr<uint8_t>();
+  conv::gradients(g, images, input, weight, out);
   return out;
 }
 
@@ -268,7 +208,6 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
     ctx->saved_data["padding"] = args.padding;
     ctx->saved_data["dilation"] = args.dilation;
     ctx->saved_data["groups"] = args.groups;
-    ctx->saved_data["pool"] = SymIntArrayRef(args.pool_size());
     ctx->saved_data["bias"] = bias.has_value();
     return y;
   }
@@ -280,14 +219,13 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
     const auto stride = ctx->saved_data["stride"].toSymIntVector();
     const auto padding = ctx->saved_data["padding"].toSymIntVector();
     const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
-    const auto pool = ctx->saved_data["pool"].toSymIntVector();
-    const Args args(stride, padding, dilation, ctx->saved_data["groups"].toSymInt(), pool);
+    const Args args = {stride, padding, dilation, ctx->saved_data["groups"].toSymInt()};
     // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
     const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
     if (is_differentiated(grad_y))
       return differentiable(args, grad_y, argmax, input, weight, grad_bias);
     auto [gx, gw, gb] =
-        op.call(grad_y, argmax, input, weight, stride, padding, dilation, args.groups, pool,
+        op.call(grad_y, argmax, input, weight, stride, padding, dilation, args.groups,
                 {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
     return {gx, gw, gb, Tensor()};
   }
@@ -296,10 +234,10 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
   static variable_list differentiable(const Args& args, const Tensor& grad_y, const Tensor& argmax,
                                       const Tensor& input, const Tensor& weight, bool grad_bias) {
     static const auto indices_op =
-        find_op<Tensor(const Tensor&, SymIntArrayRef, IntArrayRef, bool)>(
+        find_op<Tensor(const Tensor&, SymIntArrayRef, at::IntArrayRef, bool)>(
             "dlkernels::max_pool2d_indices");
     const Tensor indices =
-        indices_op.call(argmax, plane(args, input, weight), args.window(), /*ceil_mode=*/false);
+        indices_op.call(argmax, plane(args, input, weight), pooling().window, /*ceil_mode=*/false);
     const Tensor at = indices.clamp_min(0).flatten(-2), g = grad_y.masked_fill(indices.lt(0), 0);
     variable_list out = differentiable_backward(
         [&](const variable_list& in) {
@@ -316,8 +254,7 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
 Tensor conv2d_relu_max_pool2d_autograd(const Args& args, const Tensor& input, const Tensor& weight,
                                        const optional<Tensor>& bias) {
   static const auto op = find_op<Op<Tensor>>("dlkernels::conv2d_relu_max_pool2d");
-  if (!ours(args, input, weight, bias))
-    return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
+  if (!ours(input, weight, bias)) return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
   const Tensor none, &b = bias ? *bias : none;
   if (any_requires_grad({&input, &weight, &b}))
     return Conv2dReLUMaxPool2dFunction::apply(input, weight, bias, args);

@@ -20,33 +20,39 @@ static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, in
     }
 }
 
-// Row h of image n, columns [w, w + cols), as to[j * pitch + c]: zeros for c >= x.C.
-static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t pitch,
-                     float* to) {
-  const int64_t begin = h < 0 || h >= x.H ? cols : least(cols, most(-w, 0));
-  const int64_t end = most(begin, least(cols, x.W - w));
+// Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + c]: zeros for c >=
+// x.C.
+static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
+                     int64_t pitch, float* to) {
+  // Columns [begin, end) of these lie inside the image.
+  const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
+  const int64_t inside = w < x.W ? (x.W - 1 - w) / step + 1 : 0;
+  const int64_t begin = h < 0 || h >= x.H ? cols : least(cols, before);
+  const int64_t end = most(begin, least(cols, inside));
   store_zeros(to, begin * pitch);
   store_zeros(to + end * pitch, (cols - end) * pitch);
   if (begin == end) return;
   const Source s = {x.data, x.relu_y};
-  const int64_t from = n * x.sn + h * x.sh + (w + begin) * x.sw, size = end - begin;
+  const int64_t sw = step * x.sw, size = end - begin;
+  const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw;
   to += begin * pitch;
-  if (x.sc == 1 && x.sw == pitch) {  // C == pitch: the row is one run
+  if (x.sc == 1 && sw == pitch) {  // one run
     pack_run(s, from, size * pitch, size * pitch, to);
   } else if (x.sc == 1) {
-    for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * x.sw, x.C, pitch, to + j * pitch);
-  } else if (pitch < Vec::kWidth / 2) {
-    for (int64_t c = 0; c < pitch; ++c)
-      for (int64_t j = 0; j < size; ++j)
-        to[j * pitch + c] = c < x.C ? s.at(from + c * x.sc + j) : 0.0f;
-  } else {
+    for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, x.C, pitch, to + j * pitch);
+  } else if (step == 1 && pitch >= Vec::kWidth / 2) {
     transpose_copy(s, from, x.sc, x.C, size, to, pitch);
     for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + x.C, pitch - x.C);
+  } else {
+    for (int64_t c = 0; c < pitch; ++c)
+      for (int64_t j = 0; j < size; ++j)
+        to[j * pitch + c] = c < x.C ? s.at(from + c * x.sc + j * sw) : 0.0f;
   }
 }
 
 // Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + c].
-static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int64_t w,
-                       int64_t cols, int64_t pitch, float* to) {
-  for (int64_t i = 0; i < rows; ++i) load_row(x, n, h + i, w, cols, pitch, to + i * cols * pitch);
+static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int64_t w, int64_t cols,
+                       int64_t pitch, float* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    load_row(x, n, h + i, w, cols, 1, pitch, to + i * cols * pitch);
 }

@@ -2,36 +2,55 @@
 // windows broadcast from a block (block.inl.h) against panels of weights. The taps of a row of the
 // window lie along memory in a block, so there is no im2col matrix, not even in cache.
 
-// ---- axes ----------------------------------------------------------------------------------
+// ---- one axis of a block -------------------------------------------------------------------
 
-// The taps of one output that exist: tap first + i * step is input at + i * at_step, i < count.
+static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// The taps that output o has: tap first + i * step lies at index at + i * at_step, i < count.
 struct Taps {
   int64_t first, step, count, at, at_step;
 };
 
-static Taps taps_of(const ConvAxis& a, int64_t o) {
-  int64_t gcd = a.up;
-  for (int64_t rest = a.dilation; rest;) {
-    const int64_t next = gcd % rest;
-    gcd = rest, rest = next;
-  }
-  Taps t = {0, a.up / gcd, 0, 0, a.dilation / gcd};
-  const int64_t start = o * a.stride - a.pad, candidates = least(t.step, a.taps);
-  while (t.first < candidates && (start + t.first * a.dilation) % a.up != 0) ++t.first;
-  if (t.first == candidates) return t;
-  t.count = (a.taps - t.first + t.step - 1) / t.step;
-  t.at = (start + t.first * a.dilation) / a.up;
-  return t;
-}
+// The inputs of outputs [o, o + size) in scratch: all from the first to the last of them, or, where
+// fewer, those of each tap as a run of their own (a wide stride or dilation).
+struct Span {
+  const ConvAxis& axis;
+  int64_t o, runs, run, step;  // `runs` runs of `run` inputs, `step` apart
+  bool apart;
 
-// The inputs that `size` outputs from o on reach: `begin` is at most the first of them.
-static int64_t reach_begin(const ConvAxis& a, int64_t o) {
-  const int64_t start = o * a.stride - a.pad;
-  return start / a.up - (start % a.up < 0);
-}
-static int64_t reach(const ConvAxis& a, int64_t size) {
-  return ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 2 - (a.up == 1);
-}
+  Span(const ConvAxis& a, int64_t o, int64_t size) : axis(a), o(o) {
+    const int64_t all = ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 1 + (a.up > 1);
+    const int64_t each = a.up > 1 ? (size - 1) / a.up + 2 : size;
+    apart = each * a.taps < all;
+    runs = apart ? a.taps : 1, run = apart ? each : all, step = apart ? a.stride : 1;
+  }
+  int64_t size() const { return runs * run; }
+  int64_t begin(int64_t i) const {  // the first input of run i
+    return floor_div(o * axis.stride - axis.pad + i * axis.dilation, axis.up);
+  }
+  // From an output to the next that has the same taps.
+  int64_t output_step() const { return apart ? 1 : axis.stride; }
+
+  Taps taps(int64_t output) const {
+    int64_t gcd = axis.up;
+    for (int64_t rest = axis.dilation; rest;) {
+      const int64_t next = gcd % rest;
+      gcd = rest, rest = next;
+    }
+    Taps t = {0, axis.up / gcd, 0, 0, axis.dilation / gcd};
+    const int64_t start = output * axis.stride - axis.pad, phases = least(t.step, axis.taps);
+    while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
+    if (t.first == phases) return t;
+    t.count = (axis.taps - t.first + t.step - 1) / t.step;
+    if (apart) {
+      t.at = t.first * run + (output - o + axis.up - 1) / axis.up;
+      t.at_step = t.step * run;
+    } else {
+      t.at = (start + t.first * axis.dilation) / axis.up - begin(0);
+    }
+    return t;
+  }
+};
 
 // ---- blocks --------------------------------------------------------------------------------
 
@@ -39,25 +58,24 @@ static int64_t reach(const ConvAxis& a, int64_t size) {
 struct Cut {
   int64_t rows, cols;      // outputs of a block
   int64_t count_w, count;  // blocks an image
-  int64_t in_cols, x_floats, pitch;
+  int64_t x_floats;
   int64_t g_pitch, g_floats;  // of the gradient's block
 
   explicit Cut(const Conv2d& v) {
-    constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: within L2, a block of L1's order
-    pitch = v.x.C;
-    cols = v.w.out;
+    constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: in L2, and a fraction of it
     const auto floats = [&](int64_t r, int64_t c) {
-      return reach(v.h, r) * reach(v.w, c) * pitch + r * c * v.K;
+      return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
     };
-    while (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide) cols = (cols + 1) / 2;
+    cols = v.w.out;
+    while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
+      cols = (cols + 1) / 2;
     rows = 1;
     while (rows < v.h.out && floats(rows + 1, cols) <= kBlock) ++rows;
     const int64_t count_h = (v.h.out + rows - 1) / rows;
     rows = (v.h.out + count_h - 1) / count_h;
     count_w = (v.w.out + cols - 1) / cols;
     count = count_h * count_w;
-    in_cols = reach(v.w, cols);
-    x_floats = round_up(reach(v.h, rows) * in_cols * pitch);
+    x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
     g_pitch = round_up(v.K);
     g_floats = rows * cols * g_pitch + kTileCols;
   }
@@ -66,16 +84,24 @@ struct Cut {
 
 // One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
 struct Block {
-  int64_t n, h, h_end, w, w_end, in_h, in_w, in_cols;
+  int64_t n, h, h_end, w, w_end;
+  Span rows, cols;
   const float* x;
 
-  Block(const Conv2d& v, const Cut& cut, int64_t index, float* scratch) : x(scratch) {
-    n = index / cut.count;
-    h = index % cut.count / cut.count_w * cut.rows;
-    w = index % cut.count % cut.count_w * cut.cols;
-    h_end = least(h + cut.rows, v.h.out), w_end = least(w + cut.cols, v.w.out);
-    in_h = reach_begin(v.h, h), in_w = reach_begin(v.w, w), in_cols = cut.in_cols;
-    load_block(v.x, n, in_h, reach(v.h, h_end - h), in_w, in_cols, v.x.C, scratch);
+  Block(const Conv2d& v, const Cut& cut, int64_t index, float* scratch)
+      : n(index / cut.count),
+        h(index % cut.count / cut.count_w * cut.rows),
+        h_end(least(h + cut.rows, v.h.out)),
+        w(index % cut.count % cut.count_w * cut.cols),
+        w_end(least(w + cut.cols, v.w.out)),
+        rows(v.h, h, h_end - h),
+        cols(v.w, w, w_end - w),
+        x(scratch) {
+    for (int64_t i = 0; i < rows.runs; ++i)
+      for (int64_t r = 0; r < rows.run; ++r)
+        for (int64_t j = 0; j < cols.runs; ++j, scratch += cols.run * v.x.C)
+          load_row(v.x, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, v.x.C,
+                   scratch);
   }
 };
 
@@ -185,26 +211,26 @@ struct ConvRow {
 static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const float* weight,
                        int64_t h, float* y, int64_t y_step) {
   const int64_t C = v.x.C, c = C / v.groups;
-  const Taps th = taps_of(v.h, h);
+  const Taps th = b.rows.taps(h);
+  const int64_t x_row = b.cols.size() * C;
   for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
-    const Taps tw = taps_of(v.w, w);
+    const Taps tw = b.cols.taps(w);
     const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
-    const ConvRow row = {
-        .x = b.x + ((th.at - b.in_h) * b.in_cols + tw.at - b.in_w) * C + p.group * c,
-        .x_step = v.w.stride * C,
-        .x_row = th.at_step * b.in_cols * C,
-        .x_col = tw.at_step * C,
-        .weight = weight + (th.first * v.w.taps + tw.first) * c * kTileCols,
-        .weight_row = th.step * v.w.taps * c * kTileCols,
-        .weight_col = tw.step * c * kTileCols,
-        .rows = tw.count ? th.count : 0,
-        .cols = joined ? 1 : tw.count,
-        .depth = joined ? tw.count * c : c,
-        .y = y + (w - b.w) * y_step,
-        .y_step = v.w.up * y_step,
-        .lanes = p.lanes,
-        .bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
-        .relu = v.relu};
+    const ConvRow row = {.x = b.x + th.at * x_row + tw.at * C + p.group * c,
+                         .x_step = b.cols.output_step() * C,
+                         .x_row = th.at_step * x_row,
+                         .x_col = tw.at_step * C,
+                         .weight = weight + (th.first * v.w.taps + tw.first) * c * kTileCols,
+                         .weight_row = th.step * v.w.taps * c * kTileCols,
+                         .weight_col = tw.step * c * kTileCols,
+                         .rows = tw.count ? th.count : 0,
+                         .cols = joined ? 1 : tw.count,
+                         .depth = joined ? tw.count * c : c,
+                         .y = y + (w - b.w) * y_step,
+                         .y_step = v.w.up * y_step,
+                         .lanes = p.lanes,
+                         .bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
+                         .relu = v.relu};
     row.run((b.w_end - w + v.w.up - 1) / v.w.up);
   }
 }
@@ -219,8 +245,8 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
       const Panel p(v, j);
       const float* panel = weight + j * conv2d_panel_floats(v);
       for (int64_t h = b.h; h < b.h_end; ++h) {
-        float* y = v.y + b.n * v.yn + h * v.yh + b.w * v.yw +
-                   (p.group * (v.K / v.groups) + p.k) * v.yc;
+        float* y =
+            v.y + b.n * v.yn + h * v.yh + b.w * v.yw + (p.group * (v.K / v.groups) + p.k) * v.yc;
         if (v.yc == 1) {
           conv2d_row(v, b, p, panel, h, y, v.yw);
         } else {
@@ -244,8 +270,16 @@ struct ConvColumns {
 
   template <int R, int V>
   void tile(int64_t j) const {
+    for (int64_t i = 0, end; i < rows; i = end) {
+      end = least(rows, i + most(kDepth / cols, 1));  // sums of sums, for their error
+      tile<R, V>(j, i, end, add || i > 0);
+    }
+  }
+
+  template <int R, int V>
+  void tile(int64_t j, int64_t row, int64_t row_end, bool add) const {
     Tile<R, V> t;
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = row; i < row_end; ++i)
       t.add_columns(x + i * x_row + j, x_step, g + i * cols * g_pitch, g_pitch, cols);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
@@ -283,11 +317,12 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
                                float* bias_sums, float* scratch) {
   const Cut cut(v);
   const int64_t C = v.x.C, c = C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
-  const bool joined = v.groups == 1 && v.w.dilation == 1;
   float* const g_block = scratch + cut.x_floats;
   for (int64_t i = begin; i < end; ++i) {
     const Block b(v, cut, i, scratch);
-    const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w;
+    const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
+    const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
+    const bool joined = v.groups == 1 && tw.at_step == 1;  // taps along memory
     load_block(grad_y, b.n, b.h, rows, b.w, cols, cut.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(v, q);
@@ -309,10 +344,10 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
       for (int64_t kh = 0; kh < v.h.taps; ++kh)
         for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
           const ConvColumns columns = {
-              .x = b.x + (kh * v.h.dilation * b.in_cols + kw * v.w.dilation) * C + p.group * c,
+              .x = b.x + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c,
               .g = g,
-              .x_step = v.w.stride * C,
-              .x_row = v.h.stride * b.in_cols * C,
+              .x_step = b.cols.output_step() * C,
+              .x_row = b.rows.output_step() * x_row,
               .g_pitch = cut.g_pitch,
               .rows = rows,
               .cols = cols,
@@ -326,7 +361,8 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
   }
 }
 
-// to[k, c, kh, kw] = sums as above, summed already; `to` by the strides of f, for which f.data is null.
+// to[k, c, kh, kw] = sums as above, summed already; `to` by the strides of f, for which f.data is
+// null.
 static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to) {
   const int64_t c = v.x.C / v.groups, k = v.K / v.groups;
   for (int64_t g = 0; g < v.groups; ++g)

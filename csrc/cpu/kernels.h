@@ -43,8 +43,8 @@ struct Images {
   int64_t C, H, W, sn, sc, sh, sw;
 };
 
-// One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a whole
-// number. The gradient of a convolution is one with up = its stride.
+// One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a
+// whole number. The gradient of a convolution is one with up = its stride.
 struct ConvAxis {
   int64_t out, taps, stride, pad, dilation, up = 1;
 };

@@ -115,45 +115,47 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-// `count` products of one size: whole ones to each thread where there are enough of them.
-using CountedGemmTask = c10::function_ref<void(int64_t, const cpu::GemmPart&, float* scratch)>;
-void parallel_gemms(int64_t count, int64_t M, int64_t N, int64_t K, CountedGemmTask task) {
-  if (count < at::get_num_threads()) {
-    for (int64_t i = 0; i < count; ++i)
-      parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* s) { task(i, part, s); });
-    return;
-  }
-  const double work = static_cast<double>(M) * std::max<int64_t>(N, 1) * K;
-  const auto grain = static_cast<int64_t>(1 + 1e6 / (work + 1));  // as in parallel_gemm
-  parallel_chunks(count, grain, [&](int64_t begin, int64_t end) {
-    float* const memory = scratch(cpu::kernels().gemm_scratch);
-    for (int64_t i = begin; i < end; ++i) task(i, {0, M, 0, N}, memory);
+// Work on blocks and panels of a pass, `flops` in all: f(block, block_end, panel, panel_end,
+// scratch).
+using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, int64_t, float*)>;
+void parallel_blocks(const cpu::Conv2d& v, int64_t blocks, double flops, Pass f) {
+  const cpu::Kernels& table = cpu::kernels();
+  const int64_t panels = table.conv2d_panels(v), floats = table.conv2d_scratch(v);
+  // With few blocks, several threads share one, each with some of its panels.
+  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / blocks, 1, panels);
+  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (blocks * parts) + 1));
+  parallel_chunks(blocks * parts, grain, [&](int64_t begin, int64_t end) {
+    float* const memory = scratch(floats);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts;
+      f(i / parts, i / parts + 1, panels * part / parts, panels * (part + 1) / parts, memory);
+    }
   });
 }
 
-// The products of a forward pass, or of grad_input, which is one with reversed windows: `out` is
-// (N, k channels a group, OH, OW), a group's `patches` are of x's channels, weight is
-// (groups, k, KH, KW, C of patches).
-void convolve(const Geometry& g, cpu::Patches patches, const float* weight, int64_t k,
-              cpu::GemmOutput out) {
-  const int64_t OHW = patches.OH * patches.OW, J = patches.KH * patches.KW * patches.C;
-  const int64_t pixels = (g.channels_last ? g.N : 1) * OHW, images = g.channels_last ? 1 : g.N;
-  const Images y(g.channels_last, k * g.groups, patches.OH, patches.OW);
-  const auto task = [&](int64_t i, const cpu::GemmPart& part, float* scratch) {
-    const int64_t image = i / g.groups, group = i % g.groups;
-    const int64_t from = image * patches.sn + group * patches.C * patches.sc;
-    cpu::Patches p = patches;
-    p.x += from;
-    if (p.relu_y) p.relu_y += from;
-    cpu::GemmOutput o = out;
-    o.c += image * y.sn + group * k * y.sc;
-    o.row = g.channels_last ? y.sw : y.sc;
-    if (o.col_bias) o.col_bias += group * k;
-    if (o.row_bias) o.row_bias += group * k;
-    cpu::kernels().conv2d(p, weight + group * k * J, g.channels_last, o, part, scratch);
-  };
-  const int64_t M = g.channels_last ? pixels : k, N = g.channels_last ? k : pixels;
-  parallel_gemms(images * g.groups, M, N, J, task);
+double flops(const Geometry& g) {
+  return 2.0 * static_cast<double>(g.N * g.K) * static_cast<double>(g.OH * g.OW) *
+         static_cast<double>(g.c * g.KH * g.KW);
+}
+
+// One pass: forward, or grad_input.
+void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
+  const cpu::Kernels& table = cpu::kernels();
+  const int64_t panels = table.conv2d_panels(v), panel = table.conv2d_panel_floats(v);
+  const Tensor packed = at::empty({panels * panel}, at::kFloat);
+  float* const weights = packed.mutable_data_ptr<float>();
+  parallel_chunks(panels, 1 + 20000 / panel, [&](int64_t begin, int64_t end) {
+    table.conv2d_pack(v, filter, weights, begin, end);
+  });
+  parallel_blocks(v, g.N * table.conv2d_blocks(v), flops(g),
+                  [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
+                    table.conv2d(v, weights, begin, end, from, to, memory);
+                  });
+}
+
+// Where y goes.
+void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
+  v.y = y.mutable_data_ptr<float>(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
 }
 
 template <bool kRelu>
@@ -166,71 +168,43 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
   const Geometry g(input, weight, stride, padding, dilation, groups);
   const Tensor x = batched(input).contiguous(g.format());
-  const Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);  // (K, KH, KW, c)
   const Tensor b = bias ? bias->contiguous() : Tensor();
-  const Windows windows = Windows::of_input(g, x);
-  cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(), .relu = kRelu};
-  if (bias) (g.channels_last ? out.col_bias : out.row_bias) = b.const_data_ptr<float>();
-  convolve(g, windows.patches, w.const_data_ptr<float>(), g.k, out);
+  cpu::Conv2d v = g.forward(x);
+  set_output(v, y, g.outputs(y));
+  v.bias = bias ? b.const_data_ptr<float>() : nullptr, v.relu = kRelu;
+  convolve(g, v, g.filter(weight));
   return y;
 }
 
-// grad_input[n, c, h, w]: every output pixel that saw it, through the tap it saw it by.
-void conv2d_grad_input(const Geometry& g, const Tensor& gy, const float* relu_y,
-                       const Tensor& weight, const Tensor& grad_input) {
-  const Tensor w = weight.reshape({g.groups, g.k, g.c, g.KH, g.KW}).permute({0, 2, 3, 4, 1});
-  const Tensor wc = w.contiguous();  // (groups, c, KH, KW, k)
-  const Windows windows = Windows::of_output(g, gy, relu_y);
-  convolve(g, windows.patches, wc.const_data_ptr<float>(), g.c,
-           {.c = grad_input.mutable_data_ptr<float>()});
-}
-
-// grad_weight[k, c, kh, kw] and grad_bias[k]: sums over all pixels of all images. The images are
+// grad_weight[k, c, kh, kw] and grad_bias[k]: sums over all pixels of all images. The blocks are
 // cut into chunks, each with sums of its own, by a rule of the shape alone: same bits always.
-void conv2d_grad_weight(const Geometry& g, const Tensor& gy, const float* relu_y, const Tensor& x,
+void conv2d_grad_weight(const Geometry& g, const cpu::Images& grad_y, const Tensor& x,
                         const optional<Tensor>& grad_weight, const optional<Tensor>& grad_bias) {
-  const int64_t OHW = g.OH * g.OW, J = g.KH * g.KW * g.c, size = g.K * J;
+  const cpu::Kernels& table = cpu::kernels();
+  const cpu::Conv2d v = g.forward(x);
+  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d_blocks(v);
   const int64_t chunks =
-      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(g.N, 16));
-  const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, gy.options());
-  const Tensor bias_sums = at::empty({chunks, g.K}, gy.options());
-  const Windows windows = Windows::of_input(g, x);
-  const Images from(g.channels_last, g.C, g.H, g.W), grad(g.channels_last, g.K, g.OH, g.OW);
+      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(blocks, 16));
+  const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, at::kFloat);
+  const Tensor bias_sums = at::empty({chunks, grad_bias ? g.K : 0}, at::kFloat);
   float* const to = grad_weight ? sums.mutable_data_ptr<float>() : nullptr;
-  float* const bias_to = bias_sums.mutable_data_ptr<float>();
-  const float* const gy_data = gy.const_data_ptr<float>();
-  const auto task = [&](int64_t i, const cpu::GemmPart& part, float* scratch) {
-    const int64_t chunk = i / g.groups, group = i % g.groups;
-    const int64_t begin = g.N * chunk / chunks, end = g.N * (chunk + 1) / chunks;
-    // channels_last: the pixels of all images are one long sum; NCHW: image after image.
-    const int64_t step = g.channels_last ? end - begin : 1;
-    for (int64_t n = begin; n < end; n += step) {
-      cpu::Patches p = windows.patches;
-      p.x += n * from.sn + group * g.c * from.sc;
-      const int64_t at = n * grad.sn + group * g.k * grad.sc;
-      const cpu::Matrix a = {gy_data + at, grad.sc, grad.sw, relu_y ? relu_y + at : nullptr};
-      const cpu::GemmOutput out = {.c = to ? to + chunk * size + group * g.k * J : nullptr,
-                                   .row = J,
-                                   .accumulate = n != begin,
-                                   .row_sums = bias_to + chunk * g.K + group * g.k};
-      cpu::kernels().conv2d_grad_weight(a, p, step * OHW, out, part, scratch);
-    }
+  float* const bias_to = grad_bias ? bias_sums.mutable_data_ptr<float>() : nullptr;
+  parallel_blocks(
+      v, chunks, flops(g), [&](int64_t i, int64_t, int64_t from, int64_t end, float* memory) {
+        table.conv2d_grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
+                                 end, to ? to + i * size : nullptr,
+                                 bias_to ? bias_to + i * g.K : nullptr, memory);
+      });
+  const auto reduce = [&](const float* partial, int64_t n, float* result) {
+    parallel_chunks(
+        n, 65536, [&](int64_t b, int64_t e) { table.sum_rows(partial, chunks, n, result, b, e); });
   };
-  parallel_gemms(chunks * g.groups, g.k, grad_weight ? J : 0, g.N / chunks * OHW, task);
-
-  const auto reduce = [&](const Tensor& partial, float* result) {
-    const int64_t n = partial.size(1);
-    at::parallel_for(0, n, 65536, [&](int64_t b, int64_t e) {
-      cpu::kernels().sum_rows(partial.const_data_ptr<float>(), chunks, n, result, b, e);
-    });
-  };
-  if (grad_bias) reduce(bias_sums, grad_bias->mutable_data_ptr<float>());
-  if (grad_weight && g.channels_last) {
-    reduce(sums, grad_weight->mutable_data_ptr<float>());
-  } else if (grad_weight) {  // (K, KH, KW, c) is how a channels_last weight lies
-    const Tensor w = at::empty(grad_weight->sizes(), gy.options(), at::MemoryFormat::ChannelsLast);
-    reduce(sums, w.mutable_data_ptr<float>());
-    grad_weight->copy_(w);
+  if (grad_bias) reduce(bias_to, g.K, grad_bias->mutable_data_ptr<float>());
+  if (grad_weight) {
+    const Tensor total = at::empty({size}, at::kFloat);
+    reduce(to, size, total.mutable_data_ptr<float>());
+    table.conv2d_unpack(v, total.const_data_ptr<float>(), g.filter(*grad_weight),
+                        grad_weight->mutable_data_ptr<float>());
   }
 }
 
@@ -244,10 +218,15 @@ Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tenso
   const Tensor gy = batched(grad_y).contiguous(g.format());
   const Tensor yc = y ? batched(*y).contiguous(g.format()) : Tensor();
   const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
-  if (mask[0]) conv2d_grad_input(g, gy, relu_y, weight, huge(grad_input));
+  const cpu::Images images = g.outputs(gy, relu_y);
+  if (mask[0]) {
+    cpu::Conv2d v = g.backward(images);
+    set_output(v, huge(grad_input), g.inputs(grad_input));
+    convolve(g, v, g.reversed(weight));
+  }
   if (mask[1] || mask[2]) {
     const Tensor x = batched(input).contiguous(g.format());
-    conv2d_grad_weight(g, gy, relu_y, x, mask[1] ? optional(grad_weight) : std::nullopt,
+    conv2d_grad_weight(g, images, x, mask[1] ? optional(grad_weight) : std::nullopt,
                        mask[2] ? optional(grad_bias) : std::nullopt);
   }
   return {grad_input, grad_weight, grad_bias};

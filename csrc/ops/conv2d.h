@@ -61,7 +61,7 @@ inline std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& wei
   return sizes;
 }
 
-// A checked call in plain numbers, and the index tables of its windows.
+// A checked call in plain numbers, and the passes that it is made of.
 struct Geometry {
   int64_t N, C, H, W, K, KH, KW, OH, OW, groups, c, k;  // c, k: channels a group
   std::array<int64_t, 2> stride, padding, dilation;     // padding: top and left
@@ -78,85 +78,60 @@ struct Geometry {
     stride = {number(s[0]), number(s.back())}, dilation = {number(d[0]), number(d.back())};
     padding = {number(p[0]), number(p[2])};
     channels_last = layout(input, weight) == at::MemoryFormat::ChannelsLast;
-  }
-
-  // (outputs, window): the input row (or column) under each tap of a window, -1 outside.
-  std::vector<int64_t> taps(int i, int64_t outputs, int64_t window, int64_t size) const {
-    std::vector<int64_t> table;
-    table.reserve(outputs * window);
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t t = 0; t < window; ++t) {
-        const int64_t at = o * stride[i] - padding[i] + t * dilation[i];
-        table.push_back(at >= 0 && at < size ? at : -1);
-      }
-    return table;
-  }
-
-  // (size, window): the output row that reaches an input row through each tap, -1 where none does.
-  std::vector<int64_t> reverse_taps(int i, int64_t size, int64_t window, int64_t outputs) const {
-    std::vector<int64_t> table;
-    table.reserve(size * window);
-    for (int64_t at = 0; at < size; ++at)
-      for (int64_t t = 0; t < window; ++t) {
-        const int64_t o = at + padding[i] - t * dilation[i];
-        table.push_back(o >= 0 && o % stride[i] == 0 && o / stride[i] < outputs ? o / stride[i]
-                                                                                : -1);
-      }
-    return table;
+    const auto all = {padding[0],    number(p[1]),  padding[1], number(p.back()),
+                      stride[0] - 1, stride[1] - 1, KH - 1,     KW - 1};
+    if (std::ranges::all_of(all, [](int64_t n) { return n == 0; }))  // 1x1: one long row
+      OW = W = H * W, OH = H = 1;
   }
 
   at::MemoryFormat format() const {
     return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   }
-};
 
-// An (N, channels, H, W) tensor in one of the two layouts, and what a group or an image of it is.
-struct Images {
-  int64_t sn, sc, sh, sw;
-  Images(bool channels_last, int64_t channels, int64_t H, int64_t W)
-      : sn(channels * H * W),
-        sc(channels_last ? 1 : H * W),
-        sh(channels_last ? W * channels : W),
-        sw(channels_last ? channels : 1) {}
-};
+  // An (N, channels, H, W) tensor in one of the two layouts.
+  cpu::Images images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
+                     const float* relu_y = nullptr) const {
+    return {t.const_data_ptr<float>(),
+            relu_y,
+            channels,
+            h,
+            w,
+            channels * h * w,
+            channels_last ? 1 : h * w,
+            channels_last ? w * channels : w,
+            channels_last ? channels : 1};
+  }
+  cpu::Images outputs(const Tensor& y, const float* relu_y = nullptr) const {
+    return images(y, K, OH, OW, relu_y);
+  }
+  cpu::Images inputs(const Tensor& x) const { return images(x, C, H, W); }
 
-// The windows of one pass over the images x: the index tables, and what points into them.
-struct Windows {
-  std::vector<int64_t> h, w;
-  cpu::Patches patches;
-
-  // Of the forward pass, over the input.
-  static Windows of_input(const Geometry& g, const Tensor& x) {
-    Windows v(g, x, {g.channels_last, g.C, g.H, g.W}, g.taps(0, g.OH, g.KH, g.H),
-              g.taps(1, g.OW, g.KW, g.W));
-    v.patches.C = g.c, v.patches.OH = g.OH, v.patches.OW = g.OW;
-    if (g.stride[1] != 1) return v;
-    const auto inside = [&](int64_t ow) {  // all taps of this column lie in x
-      return v.w[ow * g.KW] >= 0 && v.w[ow * g.KW + g.KW - 1] >= 0;
+  // y = conv2d(x)
+  cpu::Conv2d forward(const Tensor& x) const {
+    return {.x = inputs(x),
+            .h = {OH, KH, stride[0], padding[0], dilation[0]},
+            .w = {OW, KW, stride[1], padding[1], dilation[1]},
+            .groups = groups,
+            .K = K};
+  }
+  // grad_input from grad_y: the taps in reverse, `stride` outputs of this pass to one of its
+  // inputs.
+  cpu::Conv2d backward(const cpu::Images& grad_y) const {
+    const auto axis = [&](int i, int64_t size, int64_t taps) {
+      const int64_t pad = dilation[i] * (taps - 1) - padding[i];
+      return cpu::ConvAxis{size, taps, 1, pad, dilation[i], stride[i]};
     };
-    int64_t &begin = v.patches.w_begin, &end = v.patches.w_end;
-    while (begin < g.OW && !inside(begin)) ++begin;
-    for (end = begin; end < g.OW && inside(end);) ++end;
-    return v;
+    return {.x = grad_y, .h = axis(0, H, KH), .w = axis(1, W, KW), .groups = groups, .K = C};
   }
-
-  // Of grad_input, over the output's gradient.
-  static Windows of_output(const Geometry& g, const Tensor& grad_y, const float* relu_y) {
-    Windows v(g, grad_y, {g.channels_last, g.K, g.OH, g.OW}, g.reverse_taps(0, g.H, g.KH, g.OH),
-              g.reverse_taps(1, g.W, g.KW, g.OW));
-    v.patches.C = g.k, v.patches.OH = g.H, v.patches.OW = g.W;
-    v.patches.relu_y = relu_y;
-    return v;
+  // The weights (K, c, KH, KW) as either reads them.
+  cpu::Filter filter(const Tensor& w) const {
+    const auto s = w.strides();
+    return {w.const_data_ptr<float>(), k * s[0], s[0], s[1], s[2], s[3]};
   }
-
- private:
-  Windows(const Geometry& g, const Tensor& x, const Images& from, std::vector<int64_t> h,
-          std::vector<int64_t> w)
-      : h(std::move(h)), w(std::move(w)) {
-    patches.x = x.const_data_ptr<float>();
-    patches.sn = from.sn, patches.sc = from.sc, patches.sh = from.sh, patches.sw = from.sw;
-    patches.KH = g.KH, patches.KW = g.KW;
-    patches.h = this->h.data(), patches.w = this->w.data();
+  cpu::Filter reversed(const Tensor& w) const {
+    const auto s = w.strides();
+    const float* last = w.const_data_ptr<float>() + (KH - 1) * s[2] + (KW - 1) * s[3];
+    return {last, k * s[0], s[1], s[0], -s[2], -s[3]};
   }
 };
 

@@ -102,7 +102,7 @@ __attribute__((always_inline)) static inline void transform(const From& from, co
 template <int M>
 struct WinogradCut {
   static constexpr int64_t kPoints = (M + 2) * (M + 2);
-  static int64_t tiles_target, panels_target;
+  static int64_t tiles_target;
   int64_t tile_rows, tile_cols;  // of an image
   int64_t rows, cols;            // of a block
   int64_t count_w, count;        // blocks an image
@@ -124,7 +124,7 @@ struct WinogradCut {
     pitch = pitch_of(v.x.C);
     plane = plane_of(tiles, pitch);
     in_floats = kPoints * plane;
-    load_floats = (M * rows + 2) * (M * cols + 2) * Vec::kWidth;
+    load_floats = (M * rows + 2) * (M * cols + 2) * Vec::kWidth;  // a row of y's tiles fits, too
   }
   static int64_t panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
   // Rows and planes a power of two apart would meet in the same few sets of the cache.
@@ -135,7 +135,6 @@ struct WinogradCut {
   static int64_t plane_of(int64_t tiles, int64_t pitch) { return (tiles * pitch / 16 | 1) * 16; }
 };
 template <int M> int64_t WinogradCut<M>::tiles_target = 64;
-template <int M> int64_t WinogradCut<M>::panels_target = 2;
 
 // One block: rows x cols tiles of image n.
 struct TileBlock {
@@ -240,8 +239,7 @@ template <int M>
 static int64_t winograd_scratch(const Conv2d& v) {
   using Cut = WinogradCut<M>;
   const Cut cut(v);
-  const int64_t forward = Cut::kPoints * Cut::plane_of(cut.tiles, Cut::panels_target * kTileCols) +
-                          M * M * cut.cols * Vec::kWidth;
+  const int64_t forward = Cut::kPoints * Cut::plane_of(cut.tiles, kTileCols);
   const int64_t backward = Cut::kPoints * Cut::plane_of(cut.tiles, Cut::pitch_of(Cut::panels(v) * kTileCols));
   return cut.in_floats + cut.load_floats + most(forward, backward);
 }
@@ -249,15 +247,15 @@ static int64_t winograd_scratch(const Conv2d& v) {
 // to[t, k] = sum_c a[t, c] * u[c, k], for a panel's k and `rows` <= kTileRows tiles t.
 template <int V, int R = kTileRows>
 static void winograd_product(int64_t rows, const float* a, int64_t pitch, const float* u,
-                             int64_t depth, float* to, int64_t to_pitch) {
+                             int64_t depth, float* to) {
   if constexpr (R > 1)
-    if (rows < R) return winograd_product<V, R - 1>(rows, a, pitch, u, depth, to, to_pitch);
+    if (rows < R) return winograd_product<V, R - 1>(rows, a, pitch, u, depth, to);
   Tile<R, V> t;
   t.add_rows(a, pitch, u, kTileCols, depth);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) t.c[r][i].store(to + r * to_pitch + i * Vec::kWidth);
+    for (int i = 0; i < V; ++i) t.c[r][i].store(to + r * kTileCols + i * Vec::kWidth);
 }
 
 // f(begin, end) for as few ranges of [0, size) as kTileRows allows, all of about one length.
@@ -308,10 +306,10 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
                      int64_t panel_begin, int64_t panel_end, float* scratch) {
   using Cut = WinogradCut<M>;
   const Cut cut(v);
-  const int64_t C = v.x.C;
+  const int64_t C = v.x.C, plane = Cut::plane_of(cut.tiles, kTileCols);
   float* const in = scratch;
-  float* const row = in + cut.in_floats;  // of blocks as they are loaded, of tiles for y
-  float* const out = row + most(cut.load_floats, M * M * cut.cols * Vec::kWidth);
+  float* const row = in + cut.in_floats;
+  float* const out = row + cut.load_floats;
   for (int64_t first = begin; first < end; first += cut.batch) {
     const int64_t last = least(end, first + cut.batch);
     int64_t tiles = 0;
@@ -321,28 +319,26 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
                                          cut.pitch, cut.plane, row);
       tiles += b.tiles();
     }
-    for (int64_t p = panel_begin; p < panel_end; p += Cut::panels_target) {
-      const int64_t p_end = least(p + Cut::panels_target, panel_end);
-      const int64_t pitch = (p_end - p) * kTileCols, plane = Cut::plane_of(cut.tiles, pitch);
-      for (int64_t q = 0; q < Cut::kPoints; ++q)
-        for (int64_t i = p; i < p_end; ++i) {
-          const float* u = packed + (i * Cut::kPoints + q) * C * kTileCols;
-          each_tile(tiles, [&](int64_t t, int64_t t_end) {
-            const float* a = in + q * cut.plane + t * cut.pitch;
-            float* to = out + q * plane + t * pitch + (i - p) * kTileCols;
-            if (v.K - i * kTileCols > Vec::kWidth)
-              winograd_product<2>(t_end - t, a, cut.pitch, u, C, to, pitch);
-            else
-              winograd_product<1>(t_end - t, a, cut.pitch, u, C, to, pitch);
-          });
-        }
-      int64_t tile = 0;
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
+      for (int64_t q = 0; q < Cut::kPoints; ++q) {
+        const float* u = packed + (p * Cut::kPoints + q) * C * kTileCols;
+        each_tile(tiles, [&](int64_t t, int64_t t_end) {
+          const float* a = in + q * cut.plane + t * cut.pitch;
+          float* to = out + q * plane + t * kTileCols;
+          if (k_end - k_begin > Vec::kWidth)
+            winograd_product<2>(t_end - t, a, cut.pitch, u, C, to);
+          else
+            winograd_product<1>(t_end - t, a, cut.pitch, u, C, to);
+        });
+      }
+      const float* from = out;
       for (int64_t i = first; i < last; ++i) {
         const TileBlock b(cut, i);
-        for (int64_t k = p * kTileCols; k < least(v.K, p_end * kTileCols); k += Vec::kWidth)
-          winograd_store<M>(v, b, k, least(v.K - k, Vec::kWidth),
-                            out + tile * pitch + k - p * kTileCols, pitch, plane, row);
-        tile += b.tiles();
+        for (int64_t k = k_begin; k < k_end; k += Vec::kWidth)
+          winograd_store<M>(v, b, k, least(k_end - k, Vec::kWidth), from + k - k_begin, kTileCols,
+                            plane, row);
+        from += b.tiles() * kTileCols;
       }
     }
   }

@@ -97,6 +97,10 @@ __attribute__((always_inline)) static inline void transform(const From& from, co
 
 // ---- blocks, and batches of them -------------------------------------------------------------
 
+#ifndef LC
+#define LC 12
+#endif
+constexpr int64_t kLoadChannels = 128, kLoadFloats = LC << 10;
 // How the tiles of an image are cut into blocks, from the sizes alone. As many blocks as have
 // kTiles tiles are a batch: products of matrices with that many rows.
 template <int M>
@@ -124,7 +128,7 @@ struct WinogradCut {
     pitch = pitch_of(v.x.C);
     plane = plane_of(tiles, pitch);
     in_floats = kPoints * plane;
-    load_floats = (M * rows + 2) * (M * cols + 2) * Vec::kWidth;  // a row of y's tiles fits, too
+    load_floats = (M * cols + 2) * (M + 2) * kLoadChannels + kLoadFloats;
   }
   static int64_t panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
   // Rows and planes a power of two apart would meet in the same few sets of the cache.
@@ -152,26 +156,32 @@ struct TileBlock {
 
 // Channels [c, c_end) of a block's tiles, transformed by m, to `to`: element (point, tile, c).
 template <const auto& m, int M>
-static void winograd_load(Images x, const TileBlock& b, int64_t top, int64_t left, int64_t c,
+static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int64_t left, int64_t c,
                           int64_t c_end, float* to, int64_t pitch, int64_t plane, float* scratch) {
   constexpr int kFrom = sizeof m.at[0] / sizeof(float), kTo = sizeof m.at / sizeof m.at[0];
+  // In the order of memory: many channels of a few rows, or the other way round.
+  const int64_t channels = x.sc == 1 ? least(c_end - c, kLoadChannels) : Vec::kWidth;
   const int64_t cols = M * (b.cols - 1) + kFrom;
-  x.data += c * x.sc;
-  if (x.relu_y) x.relu_y += c * x.sc;
-  for (; c < c_end; c += Vec::kWidth, to += Vec::kWidth) {
-    x.C = least(c_end - c, Vec::kWidth);
-    load_block(x, b.n, M * b.row - top, M * (b.rows - 1) + kFrom, M * b.col - left, cols,
-               Vec::kWidth, scratch);
-    float* tile = to;
-    for (int64_t i = 0; i < b.rows; ++i)
-      for (int64_t j = 0; j < b.cols; ++j, tile += pitch) {
-        const float* from = scratch + (i * cols + j) * M * Vec::kWidth;
-        transform<m>([&](int h, int w) { return Vec::load(from + (h * cols + w) * Vec::kWidth); },
-                     [&](int h, int w, Vec e) { e.store(tile + (h * kTo + w) * plane); });
-      }
-    x.data += Vec::kWidth * x.sc;
-    if (x.relu_y) x.relu_y += Vec::kWidth * x.sc;
-  }
+  const int64_t rows = most(1, (kLoadFloats / (cols * channels) - kFrom + M) / M);
+  for (int64_t row = 0; row < b.rows; row += rows)
+    for (int64_t k = c; k < c_end; k += channels) {
+      const int64_t row_end = least(row + rows, b.rows);
+      Images part = x;
+      part.data += k * x.sc;
+      if (x.relu_y) part.relu_y += k * x.sc;
+      part.C = least(c_end - k, channels);
+      const int64_t part_pitch = (part.C + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+      load_block(part, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left, cols,
+                 part_pitch, scratch);
+      float* tile = to + row * b.cols * pitch + k - c;
+      for (int64_t i = 0; i < row_end - row; ++i)
+        for (int64_t j = 0; j < b.cols; ++j, tile += pitch)
+          for (int64_t v = 0; v < part.C; v += Vec::kWidth) {
+            const float* from = scratch + (i * cols + j) * M * part_pitch + v;
+            transform<m>([&](int h, int w) { return Vec::load(from + (h * cols + w) * part_pitch); },
+                         [&](int h, int w, Vec e) { e.store(tile + v + (h * kTo + w) * plane); });
+          }
+    }
 }
 
 // ---- weights -------------------------------------------------------------------------------

@@ -49,4 +49,12 @@ PYBIND11_MODULE(_C, m) {
         "adam_ on [(parameters, scalars)] with the state of their optimizer, grad_scale and "
         "found_inf; False, with nothing done, where not all of it is for our op.");
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
+  m.def("set_precision_ieee", [](bool ieee) { return precision_is_ieee.exchange(ieee); });
+  m.def(
+      "set_conv_algorithm",
+      [](const std::string& name) {
+        const auto before = forced_conv_algorithm.exchange(find_conv_algorithm(name.c_str()));
+        return kConvAlgorithms[static_cast<int>(before)];
+      },
+      "Change what DLKERNELS_CONV forces (tests); what it was.");
 }

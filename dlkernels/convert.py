@@ -5,12 +5,11 @@ stay what they are.
 """
 
 from collections import Counter
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from . import nn
+from . import functional, nn
 
 # Exact types: a subclass may compute anything.
 _OURS = {
@@ -23,7 +22,10 @@ _OURS = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _WITH_RELU = {nn.Linear: nn.LinearReLU, nn.Conv2d: nn.Conv2dReLU}
 _WITHOUT_RELU = {fused: plain for plain, fused in _WITH_RELU.items()}
+_WITHOUT_RELU[nn.Conv2dReLUMaxPool2d] = nn.Conv2d
 _RELUS = (torch.nn.ReLU, nn.ReLU, nn.FusedReLU)
+_POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d, nn.FusedMaxPool2d)
+_PLACES = (nn.FusedReLU, nn.FusedMaxPool2d)
 
 
 class Changed(NamedTuple):
@@ -69,12 +71,13 @@ def convert(model, *, fuse=True):
     already takes a single pass.
 
     In an ``nn.Sequential``, a Linear or Conv2d and the ReLU after it become one pass: the first
-    applies the ReLU, and the second, a ``FusedReLU``, keeps its place. The values in between then
-    no longer exist. So two neighbours with a hook on either, or used in a second place, are not
-    fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after the ReLU, and
-    putting another module in the first one's place loses the ReLU, until convert or revert is
-    called on the whole model again. Where a model's own code takes out the values in between,
-    say ``fuse=False``.
+    applies the ReLU, and the second, a ``FusedReLU``, keeps its place; and so does a
+    ``FusedMaxPool2d`` after a Conv2d and its ReLU, if its windows lie side by side. The values in
+    between then no longer exist. So neighbours with a hook on one of them, or used in a second
+    place, are not fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after
+    the last of them, and putting another module in the first one's place loses what it applied,
+    until convert or revert is called on the whole model again. Where a model's own code takes out
+    the values in between, say ``fuse=False``.
 
     Args:
         model: any module; convert the whole model, because only there can it be seen that a
@@ -98,20 +101,21 @@ def convert(model, *, fuse=True):
             else:
                 becomes[m] = _OURS[type(m)]
         elif isinstance(m, tuple(_OURS)):
-            if not isinstance(m, (*_TORCHS, nn.FusedReLU)):
+            if not isinstance(m, (*_TORCHS, *_PLACES)):
                 left[m] = "not exactly PyTorch's class: a subclass may compute something else"
         elif not list(m.children()):
             left[m] = "no kernel of ours for this class"
 
-    _plan_fusing(model, fuse, becomes, left)
-    return _apply("converted", model, becomes, left)
+    pools = _plan_fusing(model, fuse, becomes, left)
+    return _apply("converted", model, becomes, left, pools)
 
 
 def revert(model):
     """Undoes :func:`convert`, in place: every module of ours becomes PyTorch's again.
 
     Works on copies, on unpickled models and on parts. Modules of ours that were constructed as such
-    become PyTorch's too, but for ``LinearReLU`` and ``Conv2dReLU``, which PyTorch does not have.
+    become PyTorch's too, but for ``LinearReLU``, ``Conv2dReLU`` and ``Conv2dReLUMaxPool2d``, which
+    PyTorch does not have.
 
     Returns:
         Report: ``changed`` (name, before, after) and ``left`` (name, type, reason) with the modules
@@ -125,20 +129,23 @@ def revert(model):
     for m in model.modules():
         if type(m) in _TORCHS:
             becomes[m] = _TORCHS[type(m)]
-        elif type(m) is nn.FusedReLU:
+        elif type(m) in _PLACES:
             left[m] = "the module that applies it is not in this part: revert the nn.Sequential"
         elif type(m) in _WITHOUT_RELU:
-            left[m] = "PyTorch has no such class, and no ReLU fused by convert() comes after it"
-        elif isinstance(m, (*_TORCHS, nn.FusedReLU)):
+            left[m] = "PyTorch has no such class, and nothing fused by convert() comes after it"
+        elif isinstance(m, (*_TORCHS, *_PLACES)):
             left[m] = "a subclass: only its author knows what it was"
-    for _, first, relu in _neighbours(model):
-        if type(relu) is nn.FusedReLU:
-            becomes[relu] = torch.nn.ReLU
-            left.pop(relu, None)
-            if type(first) in _WITHOUT_RELU:
-                becomes[first] = _TORCHS[_WITHOUT_RELU[type(first)]]
-                left.pop(first, None)
-    return _apply("reverted", model, becomes, left)
+    for _, first, relu, pool in _neighbours(model):
+        is_pooled = type(first) is nn.Conv2dReLUMaxPool2d
+        if type(relu) is not nn.FusedReLU or (is_pooled and pool is None):
+            continue
+        becomes[relu] = torch.nn.ReLU
+        if type(first) in _WITHOUT_RELU:
+            becomes[first] = _TORCHS[_WITHOUT_RELU[type(first)]]
+        if type(pool) is nn.FusedMaxPool2d:
+            becomes[pool] = torch.nn.MaxPool2d
+    left = {m: reason for m, reason in left.items() if m not in becomes}
+    return _apply("reverted", model, becomes, left, pools={})
 
 
 def _check(function, model):
@@ -159,28 +166,54 @@ def _why_left(m):
 
 
 def _plan_fusing(model, fuse, becomes, left):
-    """Adds to `becomes` which neighbours are put together or taken apart."""
+    """Adds to `becomes` which neighbours are put together or taken apart.
+
+    Returns:
+        {Conv2d: the MaxPool2d that it is to apply}
+    """
     uses = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    for sequential, first, relu in _neighbours(model):
+
+    def alone(m):
+        """Whether nobody but its nn.Sequential sees what goes in or comes out."""
+        return uses[id(m)] == 1 and not _has_hooks(m) and "forward" not in m.__dict__
+
+    pools = {}
+    for sequential, first, relu, pool in _neighbours(model):
         if type(relu) not in _RELUS:
             continue
         together = (
             fuse
             and type(sequential) is torch.nn.Sequential
-            and "forward" not in {**sequential.__dict__, **relu.__dict__}
-            and uses[id(first)] == uses[id(relu)] == 1
-            and not _has_hooks(first)
-            and not _has_hooks(relu)
+            and "forward" not in sequential.__dict__
+            and alone(first)
+            and alone(relu)
         )
         kind = becomes.get(first, type(first))
-        is_fused = kind in _WITHOUT_RELU and type(relu) is nn.FusedReLU
-        if is_fused and not together:
-            becomes[first], becomes[relu] = _WITHOUT_RELU[kind], _own_relu(relu)
-        elif kind in _WITH_RELU and together:
-            becomes[first], becomes[relu] = _WITH_RELU[kind], nn.FusedReLU
+        was_fused = kind in _WITHOUT_RELU and type(relu) is nn.FusedReLU
+        if was_fused and kind is nn.Conv2dReLUMaxPool2d and pool is None:
+            continue  # a part, which says nothing about what comes after it
+        plain = _WITHOUT_RELU[kind] if was_fused else kind
+        if together and plain in _WITH_RELU:
+            becomes[first], becomes[relu] = _WITH_RELU[plain], nn.FusedReLU
             left.pop(relu, None)
-        elif type(relu) is nn.FusedReLU and not is_fused:  # the first one was replaced
+            if plain is nn.Conv2d and type(pool) in _POOLS and alone(pool) and _is_one_op(pool):
+                becomes[first], becomes[pool] = nn.Conv2dReLUMaxPool2d, nn.FusedMaxPool2d
+                pools[first] = pool
+        elif was_fused:
+            becomes[first], becomes[relu] = plain, _own_relu(relu)
+        elif type(relu) is nn.FusedReLU:  # the first one was replaced
             becomes[relu] = _own_relu(relu)
+        if type(pool) is nn.FusedMaxPool2d and first not in pools:
+            becomes[pool] = nn.MaxPool2d
+    return pools
+
+
+def _is_one_op(pool):
+    return not pool.return_indices and functional._side_by_side(*_window(pool))
+
+
+def _window(pool):
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
 
 
 def _has_hooks(m):
@@ -195,12 +228,12 @@ def _own_relu(fused):
 
 
 def _neighbours(model):
-    """(sequential, module, next module) for every two neighbours in every nn.Sequential."""
+    """(sequential, module, the next, the one after that or None) in every nn.Sequential."""
     for m in model.modules():
         if isinstance(m, torch.nn.Sequential):
             children = [child for child in m._modules.values() if child is not None]
-            for pair in pairwise(children):
-                yield m, *pair
+            for three in zip(children, children[1:], [*children[2:], None]):
+                yield m, *three
 
 
 def _class_name(cls):
@@ -208,13 +241,17 @@ def _class_name(cls):
     return f"{module}.{cls.__qualname__}"
 
 
-def _apply(verb, model, becomes, left):
+def _apply(verb, model, becomes, left, pools):
     report = Report(verb, [], [])
     for name, m in model.named_modules():
         cls = becomes.get(m, type(m))
         if cls is not type(m):
             report.changed.append(Changed(name, _class_name(type(m)), _class_name(cls)))
+            if type(m) is nn.Conv2dReLUMaxPool2d:
+                del m._pool
             m.__class__ = cls
         elif m in left:
             report.left.append(Left(name, _class_name(type(m)), left[m]))
+    for conv, pool in pools.items():
+        conv._pool = _window(pool)
     return report

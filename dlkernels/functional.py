@@ -187,6 +187,56 @@ def max_pool2d(
     return _torch("max_pool2d", F.max_pool2d, *args)
 
 
+def conv2d_relu_max_pool2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    pool_kernel_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    pool_dilation=1,
+    ceil_mode=False,
+):
+    """``max_pool2d(relu(conv2d(...)), ...)``: see :func:`conv2d` and :func:`max_pool2d`.
+
+    One op where the windows lie side by side, as they do by default: backward then needs neither
+    the result nor what was pooled, but a byte for every maximum. Other windows take two ops.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: of :func:`conv2d`
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: of
+            :func:`max_pool2d`, where they have no ``pool_``
+
+    Returns:
+        (N, K, OH, OW) or (K, OH, OW)
+    """
+    conv = input, weight, bias, stride, padding, dilation, groups
+    pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
+    window = _side_by_side(*pool)
+    if not window:
+        return max_pool2d(conv2d_relu(*conv), *pool)
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    if sizes and _ours(input, weight, weight if bias is None else bias):
+        return _ops.conv2d_relu_max_pool2d.default(input, weight, bias, *sizes, window)
+    return _torch("conv2d_relu_max_pool2d", lambda: F.max_pool2d(F.relu(F.conv2d(*conv)), *pool))
+
+
+def _side_by_side(kernel_size, stride, padding, dilation, ceil_mode):
+    """(h, w) of windows that leave no gap and do not overlap, of which a byte tells the elements;
+    None for others."""
+    if stride is None or stride == []:
+        stride = kernel_size
+    if ceil_mode is not False or not all(map(_are_ints, (kernel_size, stride, padding, dilation))):
+        return None
+    size = _pair(kernel_size)
+    apart = _pair(stride) == size and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1)
+    return size if apart and size[0] * size[1] <= 255 else None
+
+
 def adam_(
     params,
     grads,

@@ -8,7 +8,16 @@ import torch
 
 from . import functional
 
-__all__ = ["Conv2d", "Conv2dReLU", "CrossEntropyLoss", "Linear", "LinearReLU", "MaxPool2d", "ReLU"]
+__all__ = [
+    "Conv2d",
+    "Conv2dReLU",
+    "Conv2dReLUMaxPool2d",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearReLU",
+    "MaxPool2d",
+    "ReLU",
+]
 
 
 class Linear(torch.nn.Linear):
@@ -68,6 +77,33 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
+class Conv2dReLUMaxPool2d(Conv2d):
+    """``max_pool2d(relu(conv2d(x)))`` in one op. Constructed as :class:`torch.nn.Conv2d` is, and
+    with the arguments of :class:`torch.nn.MaxPool2d`, by keyword."""
+
+    def __init__(
+        self,
+        *args,
+        pool_kernel_size=2,
+        pool_stride=None,
+        pool_padding=0,
+        pool_dilation=1,
+        ceil_mode=False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        stride = pool_kernel_size if pool_stride is None else pool_stride
+        self._pool = pool_kernel_size, stride, pool_padding, pool_dilation, ceil_mode
+
+    def _conv2d(self, *args):
+        return functional.conv2d_relu_max_pool2d(*args, *self._pool)
+
+    def extra_repr(self):
+        names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
+        pool = [f"{name}={value}" for name, value in zip(names, self._pool)]
+        return ", ".join([super().extra_repr(), *pool])
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __doc__ = torch.nn.CrossEntropyLoss.__doc__
 
@@ -84,6 +120,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 class FusedReLU(torch.nn.ReLU):
     """Keeps the place of a ReLU that the module before it applies; made by convert() alone."""
+
+    def forward(self, input):
+        return input
+
+
+class FusedMaxPool2d(torch.nn.MaxPool2d):
+    """Keeps the place of a MaxPool2d that the module two before it applies; made by convert()."""
 
     def forward(self, input):
         return input

@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <memory>
+
 #include "kernels_test.h"
 
 using namespace dlkernels;
@@ -5,137 +8,242 @@ using namespace dlkernels::test;
 
 namespace {
 
-struct Shape {
-  int64_t N, C, H, W, K, kernel, stride, padding, dilation;
+struct Axis {
+  int64_t in, taps, stride = 1, pad = 0, dilation = 1;
+  int64_t out() const { return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1; }
+  int64_t input(int64_t o, int64_t tap) const {  // -1 outside
+    const int64_t at = o * stride - pad + tap * dilation;
+    return at >= 0 && at < in ? at : -1;
+  }
 };
 
-// x (N, C, H, W) in either layout, its windows, and what every element of the im2col matrix is.
+struct Shape {
+  int64_t N, C, K;
+  Axis h, w;
+  int64_t groups = 1;
+};
+
+// Everything about one shape in one layout, indexed by plain numbers.
 struct Case {
   Shape s;
   bool last;  // channels_last
-  int64_t OH, OW, pixels, J;
-  Buffer<float> x, mask;
-  Buffer<int64_t> rows, cols;
-  cpu::Patches patches;
+  int64_t c, k, H, W, OH, OW, PH, PW;
+  Buffer<float> x, weight, bias, y, grad_y, scratch;
+  std::unique_ptr<Buffer<float>> packed;
 
-  Case(const Shape& s, bool last, bool masked)
+  Case(const Shape& s, bool last)
       : s(s),
         last(last),
-        OH((s.H + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1),
-        OW((s.W + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1),
-        pixels(s.N * OH * OW),
-        J(s.kernel * s.kernel * s.C),
-        x(s.N * s.C * s.H * s.W, 1),
-        mask(x.size(), 2),
-        rows(OH * s.kernel),
-        cols(OW * s.kernel) {
-    const auto fill = [&](Buffer<int64_t>& table, int64_t size) {
-      for (int64_t i = 0; i < table.size(); ++i) {
-        const int64_t at = i / s.kernel * s.stride - s.padding + i % s.kernel * s.dilation;
-        table[i] = at >= 0 && at < size ? at : -1;
-      }
+        c(s.C / s.groups),
+        k(s.K / s.groups),
+        H(s.h.in),
+        W(s.w.in),
+        OH(s.h.out()),
+        OW(s.w.out()),
+        PH(OH / 2),
+        PW(OW / 2),
+        x(s.N * s.C * H * W, 1),
+        weight(s.K * c * s.h.taps * s.w.taps, 2),
+        bias(s.K, 3),
+        y(s.N * s.K * OH * OW),
+        grad_y(y.size(), 4),
+        scratch(0) {}
+
+  int64_t at(int64_t n, int64_t ch, int64_t i, int64_t j, int64_t C, int64_t H, int64_t W) const {
+    return last ? ((n * H + i) * W + j) * C + ch : ((n * C + ch) * H + i) * W + j;
+  }
+  int64_t weight_at(int64_t o, int64_t i, int64_t kh,
+                    int64_t kw) const {  // as contiguous in PyTorch
+    return ((o * c + i) * s.h.taps + kh) * s.w.taps + kw;
+  }
+  cpu::Images images(const float* data, int64_t C, int64_t H, int64_t W,
+                     const float* relu_y = nullptr) const {
+    return {data, relu_y, C, H, W, C * H * W, last ? 1 : H * W, last ? W * C : W, last ? C : 1};
+  }
+  cpu::Conv2d forward() const {
+    const auto axis = [](const Axis& a) {
+      return cpu::ConvAxis{a.out(), a.taps, a.stride, a.pad, a.dilation};
     };
-    fill(rows, s.H), fill(cols, s.W);
-    patches = {.x = x.data(),
-               .relu_y = masked ? mask.data() : nullptr,
-               .sn = s.C * s.H * s.W,
-               .sc = last ? 1 : s.H * s.W,
-               .sh = last ? s.W * s.C : s.W,
-               .sw = last ? s.C : 1,
-               .C = s.C,
-               .KH = s.kernel,
-               .KW = s.kernel,
-               .OH = OH,
-               .OW = OW,
-               .h = rows.data(),
-               .w = cols.data()};
-    const auto inside = [&](int64_t ow) {
-      return cols[ow * s.kernel] >= 0 && cols[(ow + 1) * s.kernel - 1] >= 0;
+    return {.x = images(const_cast<Case*>(this)->x.data(), s.C, H, W),
+            .h = axis(s.h),
+            .w = axis(s.w),
+            .groups = s.groups,
+            .K = s.K};
+  }
+  cpu::Conv2d backward(const cpu::Images& grad) const {
+    const auto axis = [](const Axis& a) {
+      return cpu::ConvAxis{a.in,       a.taps,  1, a.dilation * (a.taps - 1) - a.pad,
+                           a.dilation, a.stride};
     };
-    while (s.stride == 1 && patches.w_begin < OW && !inside(patches.w_begin)) ++patches.w_begin;
-    patches.w_end = patches.w_begin;
-    while (s.stride == 1 && patches.w_end < OW && inside(patches.w_end)) ++patches.w_end;
+    return {.x = grad, .h = axis(s.h), .w = axis(s.w), .groups = s.groups, .K = s.C};
+  }
+  cpu::Filter filter(bool reversed) {
+    const int64_t T = s.h.taps * s.w.taps;
+    if (reversed) return {weight.data() + T - 1, k * c * T, T, c * T, -s.w.taps, -1};
+    return {weight.data(), k * c * T, c * T, T, s.w.taps, 1};
+  }
+  static void set_output(cpu::Conv2d& v, float* y, const cpu::Images& as) {
+    v.y = y, v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }
 
-  double at(int64_t pixel, int64_t j) {
-    const int64_t n = pixel / (OH * OW), oh = pixel / OW % OH, ow = pixel % OW;
-    const int64_t c = j % s.C, kw = j / s.C % s.kernel, kh = j / s.C / s.kernel;
-    const int64_t h = rows[oh * s.kernel + kh], w = cols[ow * s.kernel + kw];
-    if (h < 0 || w < 0) return 0;
-    const int64_t i = n * patches.sn + c * patches.sc + h * patches.sh + w * patches.sw;
-    return patches.relu_y && mask[i] <= 0 ? 0 : x[i];
+  // A pass in several parts, out of order.
+  void run(const cpu::Kernels& t, const cpu::Conv2d& v, const cpu::Filter& f) {
+    Buffer<float> packed(t.conv2d_panels(v) * t.conv2d_panel_floats(v));
+    Buffer<float> scratch(t.conv2d_scratch(v));
+    const int64_t panels = t.conv2d_panels(v), blocks = s.N * t.conv2d_blocks(v);
+    t.conv2d_pack(v, f, packed.data(), panels / 2, panels);
+    t.conv2d_pack(v, f, packed.data(), 0, panels / 2);
+    for (const auto& [b, e] : {std::pair{blocks / 2, blocks}, {int64_t{0}, blocks / 2}})
+      for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}})
+        t.conv2d(v, packed.data(), b, e, p, q, scratch.data());
   }
-  // Where a (pixel, k) element lies, in a tensor of K channels.
-  int64_t index(int64_t pixel, int64_t k) {
-    const int64_t n = pixel / (OH * OW), p = pixel % (OH * OW);
-    return last ? pixel * s.K + k : (n * s.K + k) * OH * OW + p;
+
+  template <class F>  // f(n, o, oh, ow)
+  void each_output(int64_t rows, int64_t cols, const F& f) const {
+    for (int64_t n = 0; n < s.N; ++n)
+      for (int64_t o = 0; o < s.K; ++o)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < cols; ++j) f(n, o, i, j);
+  }
+  template <class F>  // f(index of x, index of weight) for every product in output (n, o, oh, ow)
+  void each_product(int64_t n, int64_t o, int64_t oh, int64_t ow, const F& f) const {
+    for (int64_t kh = 0; kh < s.h.taps; ++kh)
+      for (int64_t kw = 0; kw < s.w.taps; ++kw) {
+        const int64_t h = s.h.input(oh, kh), w = s.w.input(ow, kw);
+        if (h < 0 || w < 0) continue;
+        for (int64_t i = 0; i < c; ++i)
+          f(at(n, o / k * c + i, h, w, s.C, H, W), weight_at(o, i, kh, kw));
+      }
   }
 };
 
 int forward(const cpu::Kernels& t, Case& c) {
-  const int64_t P = c.OH * c.OW, K = c.s.K;
-  Buffer<float> weight(K * c.J, 3), y(c.pixels * K), bias(K, 4), scratch(t.gemm_scratch);
-  y.fill(NAN);
-  for (int64_t n = 0; n < (c.last ? 1 : c.s.N); ++n) {
-    cpu::Patches p = c.patches;
-    p.x += n * p.sn;
-    if (p.relu_y) p.relu_y += n * p.sn;
-    cpu::GemmOutput out = {.c = y.data() + n * K * P, .row = c.last ? K : P, .relu = true};
-    (c.last ? out.col_bias : out.row_bias) = bias.data();
-    const cpu::GemmPart part = {0, c.last ? c.pixels : K, 0, c.last ? K : P};
-    t.conv2d(p, weight.data(), c.last, out, part, scratch.data());
-  }
+  cpu::Conv2d v = c.forward();
+  c.set_output(v, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
+  v.bias = c.bias.data(), v.relu = true;
+  c.y.fill(NAN);
+  c.run(t, v, c.filter(false));
   int wrong = 0;
-  for (int64_t p = 0; p < c.pixels; ++p)
-    for (int64_t k = 0; k < K; ++k) {
-      double z = bias[k];
-      for (int64_t j = 0; j < c.J; ++j) z += c.at(p, j) * weight[k * c.J + j];
-      wrong += !close(y[c.index(p, k)], std::fmax(0, z), 1e-6 * (c.J + 4));
-    }
+  c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
+    double z = c.bias[o], size = 1;
+    c.each_product(n, o, i, j, [&](int64_t x, int64_t w) { z += c.x[x] * c.weight[w], ++size; });
+    wrong += !close(c.y[c.at(n, o, i, j, c.s.K, c.OH, c.OW)], std::fmax(0, z), 1e-6 * (size + 4));
+  });
   return wrong;
 }
 
-int grad_weight(const cpu::Kernels& t, Case& c) {
-  const int64_t P = c.OH * c.OW, K = c.s.K;
-  Buffer<float> grad_y(c.pixels * K, 3), grad(K * c.J), sums(K), scratch(t.gemm_scratch);
-  for (int64_t n = 0; n < (c.last ? 1 : c.s.N); ++n) {
-    cpu::Patches p = c.patches;
-    p.x += n * p.sn;
-    if (p.relu_y) p.relu_y += n * p.sn;
-    const cpu::Matrix g = {grad_y.data() + n * K * P, c.last ? 1 : P, c.last ? K : 1};
-    const cpu::GemmOutput out = {
-        .c = grad.data(), .row = c.J, .accumulate = n > 0, .row_sums = sums.data()};
-    t.conv2d_grad_weight(g, p, c.last ? c.pixels : P, out, {0, K, 0, c.J}, scratch.data());
-  }
+// What the pool makes of y, bit for bit, and its gradient as grad_weight and grad_input read it.
+int pooled(const cpu::Kernels& t, Case& c, Buffer<float>& expanded) {
+  const int64_t P = c.s.N * c.s.K * c.PH * c.PW;
+  if (P == 0) return 0;
+  Buffer<float> y(P), grad(P, 5), weight_sums(c.weight.size()), bias_sums(c.s.K);
+  Buffer<uint8_t> argmax(P);
+  cpu::Conv2d v = c.forward();
+  v.h.out = 2 * c.PH, v.w.out = 2 * c.PW;
+  c.set_output(v, y.data(), c.images(y.data(), c.s.K, c.PH, c.PW));
+  v.bias = c.bias.data(), v.relu = true, v.argmax = argmax.data();
+  y.fill(NAN);
+  c.run(t, v, c.filter(false));
   int wrong = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    double sum = 0;
-    for (int64_t p = 0; p < c.pixels; ++p) sum += grad_y[c.index(p, k)];
-    wrong += !close(sums[k], sum, 1e-6 * (c.pixels + 4));
-    for (int64_t j = 0; j < c.J; ++j) {
-      double z = 0;
-      for (int64_t p = 0; p < c.pixels; ++p) z += grad_y[c.index(p, k)] * c.at(p, j);
-      wrong += !close(grad[k * c.J + j], z, 1e-6 * (c.pixels + 4));
-    }
+  expanded.fill(0);
+  c.each_output(c.PH, c.PW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
+    float best = -1;
+    int64_t element = 0;
+    const auto at = [&](int64_t e) {
+      return c.at(n, o, 2 * i + e / 2, 2 * j + e % 2, c.s.K, c.OH, c.OW);
+    };
+    for (int64_t e = 0; e < 4; ++e)
+      if (c.y[at(e)] > best) best = c.y[at(e)], element = e;
+    if (best <= 0) element = cpu::kNoElement;
+    const int64_t p = c.at(n, o, i, j, c.s.K, c.PH, c.PW);
+    wrong += y[p] != best;
+    wrong += argmax[((n * c.PH + i) * c.PW + j) * c.s.K + o] != element;
+    if (element != cpu::kNoElement) expanded[at(element)] = grad[p];
+  });
+  cpu::Images g = c.images(grad.data(), c.s.K, c.PH, c.PW);
+  g.H = c.OH, g.W = c.OW, g.argmax = argmax.data();
+  // The same as from the expanded gradient: element for element in a block, so bit for bit.
+  const cpu::Images e = c.images(expanded.data(), c.s.K, c.OH, c.OW);
+  Buffer<float> from_pool(c.x.size()), from_expanded(c.x.size());
+  for (const auto& [images, to] : {std::pair{g, &from_pool}, {e, &from_expanded}}) {
+    cpu::Conv2d b = c.backward(images);
+    c.set_output(b, to->data(), c.images(nullptr, c.s.C, c.H, c.W));
+    c.run(t, b, c.filter(true));
   }
+  for (int64_t i = 0; i < c.x.size(); ++i) wrong += from_pool[i] != from_expanded[i];
+  return wrong;
+}
+
+int gradients(const cpu::Kernels& t, Case& c) {
+  int wrong = 0;
+  const float* mask = c.y.data();
+  const cpu::Images grad = c.images(c.grad_y.data(), c.s.K, c.OH, c.OW, mask);
+  Buffer<float> grad_x(c.x.size()), grad_weight(c.weight.size());
+  std::vector<double> gx(c.x.size()), gw(c.weight.size()), gb(c.s.K), terms(c.x.size());
+  c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
+    const int64_t at = c.at(n, o, i, j, c.s.K, c.OH, c.OW);
+    const double g = mask[at] <= 0 ? 0 : c.grad_y[at];
+    gb[o] += g;
+    c.each_product(n, o, i, j, [&](int64_t x, int64_t w) {
+      gx[x] += g * c.weight[w], gw[w] += g * c.x[x], ++terms[x];
+    });
+  });
+  cpu::Conv2d v = c.backward(grad);
+  c.set_output(v, grad_x.data(), c.images(nullptr, c.s.C, c.H, c.W));
+  grad_x.fill(NAN);
+  c.run(t, v, c.filter(true));
+  for (int64_t i = 0; i < c.x.size(); ++i) wrong += !close(grad_x[i], gx[i], 1e-6 * (terms[i] + 4));
+
+  v = c.forward();
+  const int64_t blocks = c.s.N * t.conv2d_blocks(v), panels = t.conv2d_panels(v);
+  Buffer<float> sums(2 * c.weight.size()), bias_sums(2 * c.s.K), scratch(t.conv2d_scratch(v));
+  Buffer<float> total(c.weight.size()), bias_total(c.s.K);
+  for (const auto& [b, e] : {std::pair{int64_t{0}, blocks / 2 + 1}, {blocks / 2 + 1, blocks}})
+    for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}}) {
+      float* to = sums.data() + (b ? c.weight.size() : 0);
+      if (b == e)
+        std::fill_n(to, c.weight.size(), 0.0f), std::fill_n(&bias_sums[c.s.K], c.s.K, 0.0f);
+      t.conv2d_grad_weight(v, grad, b, e, p, q, to, bias_sums.data() + (b ? c.s.K : 0),
+                           scratch.data());
+    }
+  t.sum_rows(sums.data(), 2, total.size(), total.data(), 0, total.size());
+  t.sum_rows(bias_sums.data(), 2, c.s.K, bias_total.data(), 0, c.s.K);
+  t.conv2d_unpack(v, total.data(), c.filter(false), grad_weight.data());
+  const double tolerance = 1e-6 * (c.s.N * c.OH * c.OW + 4);
+  for (int64_t i = 0; i < total.size(); ++i) wrong += !close(grad_weight[i], gw[i], tolerance);
+  for (int64_t i = 0; i < c.s.K; ++i) wrong += !close(bias_total[i], gb[i], tolerance);
   return wrong;
 }
 
 int conv2d(const cpu::Kernels& t) {
   const Shape shapes[] = {
-      {1, 1, 1, 1, 1, 1, 1, 0, 1},  {2, 3, 5, 7, 4, 3, 1, 1, 1},    {1, 17, 4, 19, 33, 3, 1, 1, 1},
-      {3, 1, 9, 9, 16, 3, 1, 1, 1}, {2, 15, 6, 35, 17, 1, 1, 0, 1}, {2, 4, 11, 13, 5, 3, 2, 1, 1},
-      {1, 5, 9, 10, 7, 2, 1, 3, 2}, {1, 2, 3, 3, 2, 3, 1, 5, 1},    {2, 33, 5, 5, 3, 3, 3, 2, 2},
+      {1, 1, 1, {1, 1}, {1, 1}},
+      {2, 3, 4, {5, 3, 1, 1}, {7, 3, 1, 1}},
+      {1, 17, 33, {4, 3, 1, 1}, {19, 3, 1, 1}},
+      {3, 1, 16, {9, 3, 1, 1}, {9, 3, 1, 1}},
+      {2, 15, 17, {1, 1}, {210, 1}},
+      {2, 4, 5, {11, 3, 2, 1}, {13, 3, 2, 1}},
+      {1, 5, 7, {9, 2, 1, 3, 2}, {10, 2, 1, 3, 2}},
+      {1, 2, 2, {3, 3, 1, 5}, {3, 3, 1, 5}},
+      {2, 33, 3, {5, 3, 3, 2, 2}, {5, 3, 3, 2, 2}},
+      {2, 9, 34, {8, 1, 2}, {9, 1, 3}},                 // taps apart: wide strides
+      {1, 4, 3, {30, 2, 1, 0, 20}, {41, 3, 2, 9, 20}},  // and dilations
+      {1, 3, 6, {9, 2, 3, 8, 11}, {17, 2, 4, 3, 12}},   // and the gradients of both
+      {1, 24, 60, {6, 3, 1, 1}, {5, 3, 2, 1}, 3},
+      {2, 18, 18, {7, 3, 2, 1}, {6, 5, 1, 2}, 18},
+      {1, 6, 2, {40, 5, 1, 2}, {300, 5, 1, 2}},  // several blocks each way
   };
   int wrong = 0;
   for (const Shape& s : shapes)
-    for (const bool last : {false, true})
-      for (const bool masked : {false, true}) {
-        Case c(s, last, masked);
-        const int bad = forward(t, c) + grad_weight(t, c);
-        if (bad) std::printf("C=%ld K=%ld last=%d: %d\n", long(s.C), long(s.K), last, bad);
-        wrong += bad;
-      }
+    for (const bool last : {false, true}) {
+      Case c(s, last);
+      Buffer<float> expanded(c.y.size());
+      const int y = forward(t, c), g = gradients(t, c), p = pooled(t, c, expanded);
+      if (y + g + p)
+        std::printf("C=%ld K=%ld last=%d: %d, gradients %d, pool %d\n", long(s.C), long(s.K), last,
+                    y, g, p);
+      wrong += y + g + p;
+    }
   Buffer<float> x(3 * 67, 1), y(67);
   t.sum_rows(x.data(), 3, 67, y.data(), 0, 67);
   for (int64_t i = 0; i < 67; ++i) wrong += y[i] != (x[i] + x[67 + i]) + x[134 + i];

@@ -70,9 +70,9 @@ def test_report():
     model = cnn()
     report = dlkernels.convert(model)
     assert [tuple(c) for c in report.changed] == [
-        ("0", "torch.nn.Conv2d", "dlkernels.nn.Conv2dReLU"),
+        ("0", "torch.nn.Conv2d", "dlkernels.nn.Conv2dReLUMaxPool2d"),
         ("1", "torch.nn.ReLU", "dlkernels.nn.FusedReLU"),
-        ("2", "torch.nn.MaxPool2d", "dlkernels.nn.MaxPool2d"),
+        ("2", "torch.nn.MaxPool2d", "dlkernels.nn.FusedMaxPool2d"),
         ("3.0", "torch.nn.Conv2d", "dlkernels.nn.Conv2dReLU"),
         ("3.1", "torch.nn.ReLU", "dlkernels.nn.FusedReLU"),
         ("6", "torch.nn.Linear", "dlkernels.nn.Linear"),

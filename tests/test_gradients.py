@@ -9,9 +9,17 @@ import dlkernels.functional as ours
 from common import calls
 
 TARGET = torch.tensor([0, 2, 4, 1])
+
+
+def pooled(f, *args):
+    """conv2d_relu_max_pool2d, which PyTorch does not have."""
+    return f.conv2d_relu_max_pool2d(*args) if f is ours else F.max_pool2d(F.conv2d(*args).relu(), 2)
+
+
 OPS = {
     "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 5), (3, 5)),
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, padding=1), (2, 2, 5, 5), (3, 2, 3, 3)),
+    "conv2d_relu_max_pool2d": (pooled, (2, 2, 6, 7), (3, 2, 3, 3)),
     "relu": (lambda f, x, w, b: f.relu(x), (4, 5), (1,)),
     "max_pool2d": (lambda f, x, w, b: f.max_pool2d(x, 2), (2, 2, 6, 6), (1,)),
     "cross_entropy": (lambda f, x, w, b: f.cross_entropy(x, TARGET), (4, 5), (1,)),

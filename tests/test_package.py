@@ -140,6 +140,15 @@ def test_isa_is_chosen_by_the_environment(python):
     assert python(ask, DLKERNELS_ISA="").stdout.strip() == order[best]
 
 
+def test_the_environment_forces_a_convolution_algorithm(python):
+    ask = "from dlkernels import _C; print(_C.set_conv_algorithm(''), _C.set_conv_algorithm('x'))"
+    for wish in ("", "direct", "winograd2", "winograd4"):
+        assert python(ask, DLKERNELS_CONV=wish).stdout.strip() == wish
+    for wish in ("winograd", "Direct", "fft"):
+        message = last_line(python(ask, code=1, DLKERNELS_CONV=wish))
+        assert message.startswith("ValueError: DLKERNELS_CONV must be one of") and wish in message
+
+
 # ---- info -----------------------------------------------------------------------------------
 
 

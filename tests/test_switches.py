@@ -1,4 +1,4 @@
-"""stats(), disabled() and set_fallback()."""
+"""stats(), disabled(), set_fallback() and set_precision()."""
 
 import threading
 
@@ -7,6 +7,7 @@ import torch
 
 import dlkernels
 from common import calls
+from dlkernels import _C
 from dlkernels import functional as ours
 
 
@@ -135,3 +136,32 @@ def test_set_fallback():
 def test_set_fallback_to_something_else(bad):
     with pytest.raises(ValueError, match='set_fallback: to must be "torch" or "error", got'):
         dlkernels.set_fallback(bad)
+
+
+def is_ieee():
+    """What C++ reads."""
+    ieee = _C.set_precision_ieee(False)
+    _C.set_precision_ieee(ieee)
+    return ieee
+
+
+def test_set_precision():
+    assert not is_ieee()
+    with dlkernels.set_precision("ieee"):
+        assert is_ieee()
+        with dlkernels.set_precision("fast"):
+            assert not is_ieee()
+        assert is_ieee()
+    assert not is_ieee()
+    dlkernels.set_precision("ieee")
+    assert is_ieee()
+    dlkernels.set_precision("fast")
+    with pytest.raises(ZeroDivisionError), dlkernels.set_precision("ieee"):
+        raise ZeroDivisionError
+    assert not is_ieee()
+
+
+@pytest.mark.parametrize("bad", ["IEEE", "", None, True, ["fast"], torch.zeros(2)])
+def test_set_precision_to_something_else(bad):
+    with pytest.raises(ValueError, match='set_precision: to must be "ieee" or "fast", got'):
+        dlkernels.set_precision(bad)

@@ -66,20 +66,21 @@ struct Cut {
     const auto floats = [&](int64_t r, int64_t c) {
       return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
     };
+    const int64_t even = v.argmax ? 2 : 1;  // whole windows of the pool
     cols = v.w.out;
     while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
-      cols = (cols + 1) / 2;
-    rows = 1;
-    while (rows < v.h.out && floats(rows + 1, cols) <= kBlock) ++rows;
+      cols = round_up((cols + 1) / 2, even);
+    rows = even;
+    while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
     const int64_t count_h = (v.h.out + rows - 1) / rows;
-    rows = (v.h.out + count_h - 1) / count_h;
+    rows = round_up((v.h.out + count_h - 1) / count_h, even);
     count_w = (v.w.out + cols - 1) / cols;
     count = count_h * count_w;
     x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
     g_pitch = round_up(v.K);
     g_floats = rows * cols * g_pitch + kTileCols;
   }
-  static int64_t round_up(int64_t n) { return (n + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth; }
+  static int64_t round_up(int64_t n, int64_t to = Vec::kWidth) { return (n + to - 1) / to * to; }
 };
 
 // One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
@@ -108,7 +109,7 @@ struct Block {
 static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
 static int64_t conv2d_scratch(const Conv2d& v) {
   const Cut cut(v);
-  return cut.x_floats + most(cut.cols * kTileCols, cut.g_floats);
+  return cut.x_floats + most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
 }
 
 // ---- weights -------------------------------------------------------------------------------
@@ -235,23 +236,59 @@ static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const fl
   }
 }
 
+// Pools two rows of `windows` windows, a pixel every kTileCols floats: the values to y, a pixel
+// every y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above
+// all, and no gradient where ReLU lets none pass.
+static void pool_rows(const float* rows, int64_t windows, int64_t lanes, float* y, int64_t y_step,
+                      uint8_t* argmax, int64_t K) {
+  const float* const next = rows + 2 * windows * kTileCols;
+  for (int64_t i = 0; i < windows; ++i)
+    for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
+      const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * kTileCols + c;
+      const float* const window[] = {rows + at, rows + at + kTileCols, next + at,
+                                     next + at + kTileCols};
+      Vec best = Vec::load(window[0]), element = Vec::zero();
+#pragma GCC unroll 3
+      for (int e = 1; e < 4; ++e) {
+        const Vec z = Vec::load(window[e]);
+        const auto better = either(z > best, is_nan(z));
+        best = select(better, z, best);
+        element = select(better, Vec::fill(static_cast<float>(e)), element);
+      }
+      element = select(best <= Vec::zero(), Vec::fill(kNoElement), element);
+      store(best, y + i * y_step + c, n);
+      element.store_bytes(argmax + i * K + c, n);
+    }
+}
+
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
   const Cut cut(v);
-  float* const planes = scratch + cut.x_floats;  // a row of channels_last results, for NCHW
+  const int64_t pool = v.argmax ? 2 : 1;
+  float* const rows = scratch + cut.x_floats;  // channels last, for what is still to be done
   for (int64_t i = begin; i < end; ++i) {
     const Block b(v, cut, i, scratch);
+    const int64_t cols = b.w_end - b.w;
+    float* const pooled = rows + 2 * cols * kTileCols;
     for (int64_t j = panel_begin; j < panel_end; ++j) {
       const Panel p(v, j);
+      const int64_t k = p.group * (v.K / v.groups) + p.k;
       const float* panel = weight + j * conv2d_panel_floats(v);
-      for (int64_t h = b.h; h < b.h_end; ++h) {
-        float* y =
-            v.y + b.n * v.yn + h * v.yh + b.w * v.yw + (p.group * (v.K / v.groups) + p.k) * v.yc;
-        if (v.yc == 1) {
+      for (int64_t h = b.h; h < b.h_end; h += pool) {
+        float* y = v.y + b.n * v.yn + h / pool * v.yh + b.w / pool * v.yw + k * v.yc;
+        if (v.argmax) {
+          for (int64_t r = 0; r < 2; ++r)
+            conv2d_row(v, b, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
+          const int64_t at = ((b.n * (v.h.out / 2) + h / 2) * (v.w.out / 2) + b.w / 2) * v.K + k;
+          const bool last = v.yc == 1;
+          pool_rows(rows, cols / 2, p.lanes, last ? y : pooled, last ? v.yw : kTileCols,
+                    v.argmax + at, v.K);
+          if (!last) transpose_copy({pooled, nullptr}, 0, kTileCols, cols / 2, p.lanes, y, v.yc);
+        } else if (v.yc == 1) {
           conv2d_row(v, b, p, panel, h, y, v.yw);
         } else {
-          conv2d_row(v, b, p, panel, h, planes, kTileCols);
-          transpose_copy({planes, nullptr}, 0, kTileCols, b.w_end - b.w, p.lanes, y, v.yc);
+          conv2d_row(v, b, p, panel, h, rows, kTileCols);
+          transpose_copy({rows, nullptr}, 0, kTileCols, cols, p.lanes, y, v.yc);
         }
       }
     }

@@ -33,7 +33,9 @@ struct GemmPart {
   int64_t m0, m1, n0, n1;
 };
 
-// ---- convolution ----
+// ---- convolution ---------------------------------------------------------------------------
+
+constexpr int64_t kNoElement = 255;  // the argmax of a window to which no gradient goes
 
 // An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw], or 0
 // where relu_y, laid out alike, is <= 0. Channels lie along memory (sc = 1), or columns (sw = 1).
@@ -41,6 +43,11 @@ struct Images {
   const float* data;
   const float* relu_y;
   int64_t C, H, W, sn, sc, sh, sw;
+
+  // The gradient of a max-pool with windows of 2x2, from that of its output: H and W are the pool's
+  // input, data and its strides the output (N, C, H / 2, W / 2). argmax, channels last, says which
+  // element of its window each gradient belongs to: 0 to 3, or none.
+  const uint8_t* argmax = nullptr;
 };
 
 // One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a
@@ -49,13 +56,16 @@ struct ConvAxis {
   int64_t out, taps, stride, pad, dilation, up = 1;
 };
 
-// x -> y (N, K, OH, OW) = act(conv2d(x) + bias). y by its strides, as Images.
+// x -> y (N, K, OH, OW) = act(conv2d(x) + bias). y by its strides, as Images. With argmax, OH and
+// OW are even and what is written is the max-pool of that, 2x2: y (N, K, OH / 2, OW / 2), and which
+// element of its window (kNoElement where that is <= 0), channels last.
 struct Conv2d {
   Images x;
   ConvAxis h, w;
   int64_t groups, K;
   float* y = nullptr;
   int64_t yn = 0, yc = 0, yh = 0, yw = 0;
+  uint8_t* argmax = nullptr;
   const float* bias = nullptr;  // (K) or null
   bool relu = false;
 };
@@ -81,7 +91,6 @@ struct Pool {
   int64_t C;
   PoolAxis h, w;
 };
-constexpr int64_t kNoElement = 255;  // the argmax of a window that lies outside the input
 
 // ---- Adam ----------------------------------------------------------------------------------
 

@@ -55,11 +55,6 @@ using MaxPool2dBackward = Tensor(const Tensor& grad_y, const Tensor& argmax,
 template <bool kIndices, Result<kIndices> (*f)(const Args&, const Tensor&)>
 Result<kIndices> called(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
                         SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode) {
-  const auto ints = [](SymIntArrayRef values) {
-    at::DimVector constants;
-    for (const SymInt& v : values) constants.push_back(v.guard_int(__FILE__, __LINE__));
-    return constants;
-  };
   return f(
       {"max_pool2d", ints(kernel_size), ints(stride), ints(padding), ints(dilation), ceil_mode},
       input);

@@ -1,4 +1,5 @@
-// The arguments of max_pool2d and the shapes that follow from them, for max_pool2d.cpp.
+// The arguments of max_pool2d and the shapes that follow from them, for max_pool2d.cpp
+// and conv2d_relu_max_pool2d.cpp.
 #pragma once
 #include <ATen/ops/empty.h>
 
@@ -9,6 +10,13 @@ namespace dlkernels::pool {
 using at::IntArrayRef;
 using c10::SymInt;
 using c10::SymIntArrayRef;
+
+// As constants, which torch.compile then guards on.
+inline at::DimVector ints(SymIntArrayRef values) {
+  at::DimVector constants;
+  for (const SymInt& v : values) constants.push_back(v.guard_int(__FILE__, __LINE__));
+  return constants;
+}
 
 // The arguments but for input: checked, and all below 2^31, so that no product of two overflows.
 struct Args {

@@ -23,9 +23,9 @@ template <int M>
 struct WinogradMatrices {
   static constexpr int kSide = M + 2, kPoints = M + 1;
   static constexpr double kPoint[] = {0, 1, -1, 0.5, -2};
-  Coefficients<kSide, kSide> in;     // B': row j is the polynomial that is 0 at all points but p_j
-  Coefficients<kSide, 3> weight;     // G: row j is 1, p_j, p_j^2, over that polynomial at p_j
-  Coefficients<M, kSide> out;        // A': column j is 1, p_j, p_j^2 ...
+  Coefficients<kSide, kSide> in;  // B': row j is the polynomial that is 0 at all points but p_j
+  Coefficients<kSide, 3> weight;  // G: row j is 1, p_j, p_j^2, over that polynomial at p_j
+  Coefficients<M, kSide> out;     // A': column j is 1, p_j, p_j^2 ...
 
   constexpr WinogradMatrices() {
     for (int j = 0; j <= kPoints; ++j) {
@@ -97,16 +97,13 @@ __attribute__((always_inline)) static inline void transform(const From& from, co
 
 // ---- blocks, and batches of them -------------------------------------------------------------
 
-#ifndef LC
-#define LC 12
-#endif
-constexpr int64_t kLoadChannels = 128, kLoadFloats = LC << 10;
+constexpr int64_t kLoadChannels = 128, kLoadFloats = 1 << 13;  // L1
 // How the tiles of an image are cut into blocks, from the sizes alone. As many blocks as have
 // kTiles tiles are a batch: products of matrices with that many rows.
 template <int M>
 struct WinogradCut {
   static constexpr int64_t kPoints = (M + 2) * (M + 2);
-  static int64_t tiles_target;
+  static constexpr int64_t kTiles = 64;
   int64_t tile_rows, tile_cols;  // of an image
   int64_t rows, cols;            // of a block
   int64_t count_w, count;        // blocks an image
@@ -119,18 +116,17 @@ struct WinogradCut {
     tile_rows = (v.h.out + M - 1) / M, tile_cols = (v.w.out + M - 1) / M;
     count_w = (tile_cols + kCols - 1) / kCols;
     cols = (tile_cols + count_w - 1) / count_w;
-    rows = least(tile_rows, most(1, tiles_target / cols));
+    rows = least(tile_rows, most(1, kTiles / cols));
     const int64_t count_h = (tile_rows + rows - 1) / rows;
     rows = (tile_rows + count_h - 1) / count_h;
     count = count_h * count_w;
-    batch = most(1, tiles_target / (rows * cols));
+    batch = most(1, kTiles / (rows * cols));
     tiles = batch * rows * cols;
     pitch = pitch_of(v.x.C);
     plane = plane_of(tiles, pitch);
     in_floats = kPoints * plane;
     load_floats = (M * cols + 2) * (M + 2) * kLoadChannels + kLoadFloats;
   }
-  static int64_t panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
   // Rows and planes a power of two apart would meet in the same few sets of the cache.
   static int64_t pitch_of(int64_t channels) {
     const int64_t lines = (channels + 15) / 16;
@@ -138,7 +134,15 @@ struct WinogradCut {
   }
   static int64_t plane_of(int64_t tiles, int64_t pitch) { return (tiles * pitch / 16 | 1) * 16; }
 };
-template <int M> int64_t WinogradCut<M>::tiles_target = 64;
+
+template <int M>
+static int64_t winograd_blocks(const Conv2d& v) {
+  return WinogradCut<M>(v).count;
+}
+template <int M>
+static int64_t winograd_batch(const Conv2d& v) {
+  return WinogradCut<M>(v).batch;
+}
 
 // One block: rows x cols tiles of image n.
 struct TileBlock {
@@ -160,40 +164,41 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
                           int64_t c_end, float* to, int64_t pitch, int64_t plane, float* scratch) {
   constexpr int kFrom = sizeof m.at[0] / sizeof(float), kTo = sizeof m.at / sizeof m.at[0];
   // In the order of memory: many channels of a few rows, or the other way round.
-  const int64_t channels = x.sc == 1 ? least(c_end - c, kLoadChannels) : Vec::kWidth;
+  const int64_t channels = x.sc == 1 ? least(most(c_end - c, 1), kLoadChannels) : Vec::kWidth;
   const int64_t cols = M * (b.cols - 1) + kFrom;
   const int64_t rows = most(1, (kLoadFloats / (cols * channels) - kFrom + M) / M);
   for (int64_t row = 0; row < b.rows; row += rows)
     for (int64_t k = c; k < c_end; k += channels) {
       const int64_t row_end = least(row + rows, b.rows);
-      Images part = x;
-      part.data += k * x.sc;
-      if (x.relu_y) part.relu_y += k * x.sc;
-      part.C = least(c_end - k, channels);
-      const int64_t part_pitch = (part.C + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
-      load_block(part, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left, cols,
-                 part_pitch, scratch);
+      const int64_t count = least(c_end - k, channels);
+      const int64_t part_pitch = (count + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+      load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
+                 cols, k, count, part_pitch, scratch);
       float* tile = to + row * b.cols * pitch + k - c;
       for (int64_t i = 0; i < row_end - row; ++i)
         for (int64_t j = 0; j < b.cols; ++j, tile += pitch)
-          for (int64_t v = 0; v < part.C; v += Vec::kWidth) {
+          for (int64_t v = 0; v < count; v += Vec::kWidth) {
             const float* from = scratch + (i * cols + j) * M * part_pitch + v;
-            transform<m>([&](int h, int w) { return Vec::load(from + (h * cols + w) * part_pitch); },
-                         [&](int h, int w, Vec e) { e.store(tile + v + (h * kTo + w) * plane); });
+            transform<m>(
+                [&](int h, int w) { return Vec::load(from + (h * cols + w) * part_pitch); },
+                [&](int h, int w, Vec e) { e.store(tile + v + (h * kTo + w) * plane); });
           }
     }
 }
 
 // ---- weights -------------------------------------------------------------------------------
 
-// Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of grad_weight.
-template <int M>
-static int64_t winograd_panels(const Conv2d& v) {
-  return WinogradCut<M>::panels(v);
-}
+// Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of
+// grad_weight.
+static int64_t winograd_panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
 template <int M>
 static int64_t winograd_panel_floats(const Conv2d& v) {
   return WinogradCut<M>::kPoints * v.x.C * kTileCols;
+}
+
+template <int M>
+static int64_t winograd_sum_floats(const Conv2d& v) {
+  return winograd_panels(v) * winograd_panel_floats<M>(v);
 }
 
 // Between the 9 taps of `lanes` outputs and `inputs` inputs in a filter, and taps[i][tap][lane].
@@ -235,9 +240,8 @@ static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t b
             const int tap = 3 * h + w;
             return Vec::load(t + (turned ? 8 - tap : tap) * kTileCols);
           };
-          transform<Winograd<M>::kWeight>(at, [&](int h, int w, Vec e) {
-            e.store(u + (h * (M + 2) + w) * C * kTileCols);
-          });
+          transform<Winograd<M>::kWeight>(
+              at, [&](int h, int w, Vec e) { e.store(u + (h * (M + 2) + w) * C * kTileCols); });
         }
     }
   }
@@ -250,7 +254,8 @@ static int64_t winograd_scratch(const Conv2d& v) {
   using Cut = WinogradCut<M>;
   const Cut cut(v);
   const int64_t forward = Cut::kPoints * Cut::plane_of(cut.tiles, kTileCols);
-  const int64_t backward = Cut::kPoints * Cut::plane_of(cut.tiles, Cut::pitch_of(Cut::panels(v) * kTileCols));
+  const int64_t backward =
+      Cut::kPoints * Cut::plane_of(cut.tiles, Cut::pitch_of(winograd_panels(v) * kTileCols));
   return cut.in_floats + cut.load_floats + most(forward, backward);
 }
 
@@ -282,18 +287,17 @@ static inline void each_tile(int64_t size, const F& f) {
 // Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
 template <int M>
 static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64_t lanes,
-                           const float* from, int64_t pitch, int64_t plane, float* scratch) {
+                           const float* from, int64_t plane, float* scratch) {
   const Vec bias = v.bias ? load(v.bias + k, lanes) : Vec::zero();
-  const int64_t height = least(v.h.out - M * b.row, M * b.rows);
-  const int64_t width = least(v.w.out - M * b.col, M * b.cols);
-  float* const image = v.y + b.n * v.yn + M * b.row * v.yh + M * b.col * v.yw + k * v.yc;
+  const int64_t pool = v.argmax ? 2 : 1, width = least(v.w.out - M * b.col, M * b.cols);
+  float* const pooled = scratch + M * M * b.cols * Vec::kWidth;
   for (int64_t i = 0; i < b.rows; ++i) {
-    const int64_t rows = least(height - M * i, M);
-    float* const y = image + M * i * v.yh;
-    const bool whole = v.yc == 1 && lanes == Vec::kWidth && rows == M && width == M * b.cols;
-    float* const to = whole ? y : scratch;
+    const int64_t h0 = M * (b.row + i), rows = least(v.h.out - h0, M);
+    const bool whole =
+        v.yc == 1 && !v.argmax && lanes == Vec::kWidth && rows == M && width == M * b.cols;
+    float* const to = whole ? v.y + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
     const int64_t row = whole ? v.yh : M * b.cols * Vec::kWidth, col = whole ? v.yw : Vec::kWidth;
-    for (int64_t j = 0; j < b.cols; ++j, from += pitch)
+    for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
       transform<Winograd<M>::kOut>(
           [&](int h, int w) { return Vec::load(from + (h * (M + 2) + w) * plane); },
           [&](int h, int w, Vec z) {
@@ -301,13 +305,10 @@ static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64
             if (v.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
             z.store(to + h * row + (M * j + w) * col);
           });
-    for (int64_t h = 0; h < rows && !whole; ++h) {
-      if (v.yc == 1)
-        for (int64_t w = 0; w < width; ++w)
-          store(Vec::load(to + h * row + w * col), y + h * v.yh + w * v.yw, lanes);
-      else
-        transpose_copy({to, nullptr}, h * row, col, width, lanes, y + h * v.yh, v.yc);
-    }
+    if (whole) continue;
+    for (int64_t h = 0; h < rows; h += pool)
+      store_row(v, b.n, h0 + h, M * b.col, width, k, lanes, to + h * row, to + (h + 1) * row, col,
+                pooled);
   }
 }
 
@@ -346,8 +347,7 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
       for (int64_t i = first; i < last; ++i) {
         const TileBlock b(cut, i);
         for (int64_t k = k_begin; k < k_end; k += Vec::kWidth)
-          winograd_store<M>(v, b, k, least(k_end - k, Vec::kWidth), from + k - k_begin, kTileCols,
-                            plane, row);
+          winograd_store<M>(v, b, k, least(k_end - k, Vec::kWidth), from + k - k_begin, plane, row);
         from += b.tiles() * kTileCols;
       }
     }
@@ -460,3 +460,15 @@ static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f,
     }
   }
 }
+
+template <int M>
+constexpr Conv2dKernels kWinograd = {.blocks = winograd_blocks<M>,
+                                     .batch = winograd_batch<M>,
+                                     .scratch = winograd_scratch<M>,
+                                     .panels = winograd_panels,
+                                     .panel_floats = winograd_panel_floats<M>,
+                                     .sum_floats = winograd_sum_floats<M>,
+                                     .pack = winograd_pack<M>,
+                                     .forward = winograd<M>,
+                                     .grad_weight = winograd_grad_weight<M>,
+                                     .unpack = winograd_unpack<M>};

@@ -120,7 +120,7 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
 using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, int64_t, float*)>;
 void parallel_blocks(const cpu::Conv2d& v, int64_t blocks, double flops, Pass f) {
   const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), floats = table.conv2d_scratch(v);
+  const int64_t panels = table.conv2d.panels(v), floats = table.conv2d.scratch(v);
   // With few blocks, several threads share one, each with some of its panels.
   const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / blocks, 1, panels);
   const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (blocks * parts) + 1));
@@ -141,15 +141,15 @@ double flops(const Geometry& g) {
 // One pass: forward, or grad_input.
 void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
   const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), panel = table.conv2d_panel_floats(v);
+  const int64_t panels = table.conv2d.panels(v), panel = table.conv2d.panel_floats(v);
   const Tensor packed = at::empty({panels * panel}, at::kFloat);
   float* const weights = packed.mutable_data_ptr<float>();
   parallel_chunks(panels, 1 + 20000 / panel, [&](int64_t begin, int64_t end) {
-    table.conv2d_pack(v, filter, weights, begin, end);
+    table.conv2d.pack(v, filter, weights, begin, end);
   });
-  parallel_blocks(v, g.N * table.conv2d_blocks(v), flops(g),
+  parallel_blocks(v, g.N * table.conv2d.blocks(v), flops(g),
                   [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
-                    table.conv2d(v, weights, begin, end, from, to, memory);
+                    table.conv2d.forward(v, weights, begin, end, from, to, memory);
                   });
 }
 
@@ -182,7 +182,7 @@ void conv2d_grad_weight(const Geometry& g, const cpu::Images& grad_y, const Tens
                         const optional<Tensor>& grad_weight, const optional<Tensor>& grad_bias) {
   const cpu::Kernels& table = cpu::kernels();
   const cpu::Conv2d v = g.forward(x);
-  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d_blocks(v);
+  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d.blocks(v);
   const int64_t chunks =
       std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(blocks, 16));
   const Tensor sums = at::empty({chunks, grad_weight ? size : 0}, at::kFloat);
@@ -191,7 +191,7 @@ void conv2d_grad_weight(const Geometry& g, const cpu::Images& grad_y, const Tens
   float* const bias_to = grad_bias ? bias_sums.mutable_data_ptr<float>() : nullptr;
   parallel_blocks(
       v, chunks, flops(g), [&](int64_t i, int64_t, int64_t from, int64_t end, float* memory) {
-        table.conv2d_grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
+        table.conv2d.grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
                                  end, to ? to + i * size : nullptr,
                                  bias_to ? bias_to + i * g.K : nullptr, memory);
       });
@@ -203,7 +203,7 @@ void conv2d_grad_weight(const Geometry& g, const cpu::Images& grad_y, const Tens
   if (grad_weight) {
     const Tensor total = at::empty({size}, at::kFloat);
     reduce(to, size, total.mutable_data_ptr<float>());
-    table.conv2d_unpack(v, total.const_data_ptr<float>(), g.filter(*grad_weight),
+    table.conv2d.unpack(v, total.const_data_ptr<float>(), g.filter(*grad_weight),
                         grad_weight->mutable_data_ptr<float>());
   }
 }

@@ -52,9 +52,9 @@ struct Case {
   int64_t at(int64_t n, int64_t ch, int64_t i, int64_t j, int64_t C, int64_t H, int64_t W) const {
     return last ? ((n * H + i) * W + j) * C + ch : ((n * C + ch) * H + i) * W + j;
   }
-  int64_t weight_at(int64_t o, int64_t i, int64_t kh,
-                    int64_t kw) const {  // as contiguous in PyTorch
-    return ((o * c + i) * s.h.taps + kh) * s.w.taps + kw;
+  int64_t weight_at(int64_t o, int64_t i, int64_t kh, int64_t kw) const {
+    return last ? ((o * s.h.taps + kh) * s.w.taps + kw) * c + i
+                : ((o * c + i) * s.h.taps + kh) * s.w.taps + kw;
   }
   cpu::Images images(const float* data, int64_t C, int64_t H, int64_t W,
                      const float* relu_y = nullptr) const {
@@ -78,24 +78,25 @@ struct Case {
     return {.x = grad, .h = axis(s.h), .w = axis(s.w), .groups = s.groups, .K = s.C};
   }
   cpu::Filter filter(bool reversed) {
-    const int64_t T = s.h.taps * s.w.taps;
-    if (reversed) return {weight.data() + T - 1, k * c * T, T, c * T, -s.w.taps, -1};
-    return {weight.data(), k * c * T, c * T, T, s.w.taps, 1};
+    const int64_t T = s.h.taps * s.w.taps, tap = last ? c : 1, row = s.w.taps * tap;
+    const int64_t input = last ? 1 : T;
+    if (reversed) return {weight.data() + (T - 1) * tap, k * c * T, input, c * T, -row, -tap};
+    return {weight.data(), k * c * T, c * T, input, row, tap};
   }
   static void set_output(cpu::Conv2d& v, float* y, const cpu::Images& as) {
     v.y = y, v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }
 
   // A pass in several parts, out of order.
-  void run(const cpu::Kernels& t, const cpu::Conv2d& v, const cpu::Filter& f) {
-    Buffer<float> packed(t.conv2d_panels(v) * t.conv2d_panel_floats(v));
-    Buffer<float> scratch(t.conv2d_scratch(v));
-    const int64_t panels = t.conv2d_panels(v), blocks = s.N * t.conv2d_blocks(v);
-    t.conv2d_pack(v, f, packed.data(), panels / 2, panels);
-    t.conv2d_pack(v, f, packed.data(), 0, panels / 2);
+  void run(const cpu::Conv2dKernels& t, const cpu::Conv2d& v, const cpu::Filter& f) {
+    Buffer<float> packed(t.panels(v) * t.panel_floats(v));
+    Buffer<float> scratch(t.scratch(v));
+    const int64_t panels = t.panels(v), blocks = s.N * t.blocks(v);
+    t.pack(v, f, packed.data(), panels / 2, panels);
+    t.pack(v, f, packed.data(), 0, panels / 2);
     for (const auto& [b, e] : {std::pair{blocks / 2, blocks}, {int64_t{0}, blocks / 2}})
       for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}})
-        t.conv2d(v, packed.data(), b, e, p, q, scratch.data());
+        t.forward(v, packed.data(), b, e, p, q, scratch.data());
   }
 
   template <class F>  // f(n, o, oh, ow)
@@ -117,7 +118,7 @@ struct Case {
   }
 };
 
-int forward(const cpu::Kernels& t, Case& c) {
+int forward(const cpu::Conv2dKernels& t, Case& c) {
   cpu::Conv2d v = c.forward();
   c.set_output(v, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
   v.bias = c.bias.data(), v.relu = true;
@@ -133,7 +134,7 @@ int forward(const cpu::Kernels& t, Case& c) {
 }
 
 // What the pool makes of y, bit for bit, and its gradient as grad_weight and grad_input read it.
-int pooled(const cpu::Kernels& t, Case& c, Buffer<float>& expanded) {
+int pooled(const cpu::Conv2dKernels& t, Case& c, Buffer<float>& expanded) {
   const int64_t P = c.s.N * c.s.K * c.PH * c.PW;
   if (P == 0) return 0;
   Buffer<float> y(P), grad(P, 5), weight_sums(c.weight.size()), bias_sums(c.s.K);
@@ -174,7 +175,7 @@ int pooled(const cpu::Kernels& t, Case& c, Buffer<float>& expanded) {
   return wrong;
 }
 
-int gradients(const cpu::Kernels& t, Case& c) {
+int gradients(const cpu::Conv2dKernels& t, Case& c) {
   int wrong = 0;
   const float* mask = c.y.data();
   const cpu::Images grad = c.images(c.grad_y.data(), c.s.K, c.OH, c.OW, mask);
@@ -195,22 +196,22 @@ int gradients(const cpu::Kernels& t, Case& c) {
   for (int64_t i = 0; i < c.x.size(); ++i) wrong += !close(grad_x[i], gx[i], 1e-6 * (terms[i] + 4));
 
   v = c.forward();
-  const int64_t blocks = c.s.N * t.conv2d_blocks(v), panels = t.conv2d_panels(v);
-  Buffer<float> sums(2 * c.weight.size()), bias_sums(2 * c.s.K), scratch(t.conv2d_scratch(v));
-  Buffer<float> total(c.weight.size()), bias_total(c.s.K);
+  const int64_t blocks = c.s.N * t.blocks(v), panels = t.panels(v);
+  const int64_t size = t.sum_floats(v);
+  Buffer<float> sums(2 * size), bias_sums(2 * c.s.K), scratch(t.scratch(v));
+  Buffer<float> total(size), bias_total(c.s.K);
   for (const auto& [b, e] : {std::pair{int64_t{0}, blocks / 2 + 1}, {blocks / 2 + 1, blocks}})
     for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}}) {
-      float* to = sums.data() + (b ? c.weight.size() : 0);
-      if (b == e)
-        std::fill_n(to, c.weight.size(), 0.0f), std::fill_n(&bias_sums[c.s.K], c.s.K, 0.0f);
-      t.conv2d_grad_weight(v, grad, b, e, p, q, to, bias_sums.data() + (b ? c.s.K : 0),
-                           scratch.data());
+      float* to = sums.data() + (b ? size : 0);
+      if (b == e) std::fill_n(to, size, 0.0f), std::fill_n(&bias_sums[c.s.K], c.s.K, 0.0f);
+      t.grad_weight(v, grad, b, e, p, q, to, bias_sums.data() + (b ? c.s.K : 0), scratch.data());
     }
-  t.sum_rows(sums.data(), 2, total.size(), total.data(), 0, total.size());
-  t.sum_rows(bias_sums.data(), 2, c.s.K, bias_total.data(), 0, c.s.K);
-  t.conv2d_unpack(v, total.data(), c.filter(false), grad_weight.data());
+  for (int64_t i = 0; i < size; ++i) total[i] = sums[i] + sums[size + i];
+  for (int64_t i = 0; i < c.s.K; ++i) bias_total[i] = bias_sums[i] + bias_sums[c.s.K + i];
+  t.unpack(v, total.data(), c.filter(false), grad_weight.data(), panels / 2, panels);
+  t.unpack(v, total.data(), c.filter(false), grad_weight.data(), 0, panels / 2);
   const double tolerance = 1e-6 * (c.s.N * c.OH * c.OW + 4);
-  for (int64_t i = 0; i < total.size(); ++i) wrong += !close(grad_weight[i], gw[i], tolerance);
+  for (int64_t i = 0; i < c.weight.size(); ++i) wrong += !close(grad_weight[i], gw[i], tolerance);
   for (int64_t i = 0; i < c.s.K; ++i) wrong += !close(bias_total[i], gb[i], tolerance);
   return wrong;
 }
@@ -232,18 +233,32 @@ int conv2d(const cpu::Kernels& t) {
       {1, 24, 60, {6, 3, 1, 1}, {5, 3, 2, 1}, 3},
       {2, 18, 18, {7, 3, 2, 1}, {6, 5, 1, 2}, 18},
       {1, 6, 2, {40, 5, 1, 2}, {300, 5, 1, 2}},  // several blocks each way
+      {9, 3, 5, {9, 3, 1, 1}, {10, 3, 1, 0}},    // several batches of blocks
+      {1, 2, 9, {150, 3, 1, 2}, {30, 3, 1, 1}},
+      {1, 1, 2, {6, 3, 1, 0}, {150, 3, 1, 2}},
+      {1, 131, 65, {4, 3, 1, 1}, {3, 3, 1, 2}},
+      {2, 16, 32, {1, 3, 1, 1}, {1, 3, 1, 2}},
+      {1, 7, 16, {2, 3, 1, 2}, {3, 3, 1, 0}},
+      {1, 32, 15, {33, 3, 1, 1}, {1, 3, 1, 1}},
   };
+  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
+      {"direct", &t.conv2d}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};
   int wrong = 0;
   for (const Shape& s : shapes)
-    for (const bool last : {false, true}) {
-      Case c(s, last);
-      Buffer<float> expanded(c.y.size());
-      const int y = forward(t, c), g = gradients(t, c), p = pooled(t, c, expanded);
-      if (y + g + p)
-        std::printf("C=%ld K=%ld last=%d: %d, gradients %d, pool %d\n", long(s.C), long(s.K), last,
-                    y, g, p);
-      wrong += y + g + p;
-    }
+    for (const bool last : {false, true})
+      for (const auto& [name, way] : ways) {
+        const auto plain = [](const Axis& a) {
+          return a.taps == 3 && a.stride == 1 && a.dilation == 1;
+        };
+        if (way != &t.conv2d && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
+        Case c(s, last);
+        Buffer<float> expanded(c.y.size());
+        const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c, expanded);
+        if (y + g + p)
+          std::printf("%s C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
+                      long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
+        wrong += y + g + p;
+      }
   Buffer<float> x(3 * 67, 1), y(67);
   t.sum_rows(x.data(), 3, 67, y.data(), 0, 67);
   for (int64_t i = 0; i < 67; ++i) wrong += y[i] != (x[i] + x[67 + i]) + x[134 + i];

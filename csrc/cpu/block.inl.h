@@ -31,12 +31,12 @@ static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t element,
 }
 
 // Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a pool.
-static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols,
-                       int64_t pitch, float* to) {
-  const float* row = x.data + n * x.sn + h / 2 * x.sh;
-  const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C;
+static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
+                       int64_t channels, int64_t pitch, float* to) {
+  const float* row = x.data + n * x.sn + h / 2 * x.sh + c * x.sc;
+  const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
   const auto put = [&](const float* g, int64_t j) {
-    unpool_pixel(g, argmax + (w + j) / 2 * x.C, h % 2 * 2 + (w + j) % 2, x.C, pitch,
+    unpool_pixel(g, argmax + (w + j) / 2 * x.C, h % 2 * 2 + (w + j) % 2, channels, pitch,
                  to + j * pitch);
   };
   if (x.sc == 1) {
@@ -46,10 +46,11 @@ static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t
   // Planes: pixels first as they are, each where the left one of its window goes, if both go.
   const int64_t first = w % 2, windows = (cols - first) / 2;
   const auto single = [&](int64_t j) {
-    for (int64_t c = 0; c < x.C; ++c) to[j * pitch + c] = row[c * x.sc + (w + j) / 2];
+    for (int64_t i = 0; i < channels; ++i) to[j * pitch + i] = row[i * x.sc + (w + j) / 2];
     put(to + j * pitch, j);
   };
-  transpose_copy({row, nullptr}, (w + 1) / 2, x.sc, x.C, windows, to + first * pitch, 2 * pitch);
+  transpose_copy({row, nullptr}, (w + 1) / 2, x.sc, channels, windows, to + first * pitch,
+                 2 * pitch);
   for (int64_t j = first; j < first + 2 * windows; j += 2) {
     put(to + j * pitch, j + 1);
     put(to + j * pitch, j);
@@ -58,10 +59,10 @@ static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t
   if (first + 2 * windows < cols) single(cols - 1);
 }
 
-// Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + c]: zeros for c >=
-// x.C.
+// Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
+// i < channels, zeros beyond.
 static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
-                     int64_t pitch, float* to) {
+                     int64_t c, int64_t channels, int64_t pitch, float* to) {
   // Columns [begin, end) of these lie inside the image.
   const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
   const int64_t W = x.argmax ? x.W / 2 * 2 : x.W, H = x.argmax ? x.H / 2 * 2 : x.H;
@@ -73,26 +74,72 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
   if (begin == end) return;
   const Source s = {x.data, x.relu_y};
   const int64_t sw = step * x.sw, size = end - begin;
-  const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw;
+  const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
   to += begin * pitch;
-  if (x.argmax) return unpool_row(x, n, h, w + begin, size, pitch, to);  // step is 1
-  if (x.sc == 1 && sw == pitch) {                                        // one run
+  if (x.argmax) return unpool_row(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
+  if (x.sc == 1 && sw == pitch && channels == pitch) {                                // one run
     pack_run(s, from, size * pitch, size * pitch, to);
   } else if (x.sc == 1) {
-    for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, x.C, pitch, to + j * pitch);
+    for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);
   } else if (step == 1 && pitch >= Vec::kWidth / 2) {
-    transpose_copy(s, from, x.sc, x.C, size, to, pitch);
-    for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + x.C, pitch - x.C);
+    transpose_copy(s, from, x.sc, channels, size, to, pitch);
+    for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
   } else {
-    for (int64_t c = 0; c < pitch; ++c)
+    for (int64_t i = 0; i < pitch; ++i)
       for (int64_t j = 0; j < size; ++j)
-        to[j * pitch + c] = c < x.C ? s.at(from + c * x.sc + j * sw) : 0.0f;
+        to[j * pitch + i] = i < channels ? s.at(from + i * x.sc + j * sw) : 0.0f;
   }
 }
 
-// Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + c].
+// Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + ...].
 static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int64_t w, int64_t cols,
-                       int64_t pitch, float* to) {
+                       int64_t c, int64_t channels, int64_t pitch, float* to) {
   for (int64_t i = 0; i < rows; ++i)
-    load_row(x, n, h + i, w, cols, 1, pitch, to + i * cols * pitch);
+    load_row(x, n, h + i, w, cols, 1, c, channels, pitch, to + i * cols * pitch);
+}
+
+// Pools two rows of `windows` windows, a pixel every `pitch` floats: the values to y, a pixel every
+// y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above all,
+// and no gradient where ReLU lets none pass.
+static void pool_rows(const float* row, const float* next, int64_t pitch, int64_t windows,
+                      int64_t lanes, float* y, int64_t y_step, uint8_t* argmax, int64_t K) {
+  for (int64_t i = 0; i < windows; ++i)
+    for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
+      const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * pitch + c;
+      const float* const window[] = {row + at, row + at + pitch, next + at, next + at + pitch};
+      Vec best = Vec::load(window[0]), element = Vec::zero();
+#pragma GCC unroll 3
+      for (int e = 1; e < 4; ++e) {
+        const Vec z = Vec::load(window[e]);
+        const auto better = either(z > best, is_nan(z));
+        best = select(better, z, best);
+        element = select(better, Vec::fill(static_cast<float>(e)), element);
+      }
+      element = select(best <= Vec::zero(), Vec::fill(kNoElement), element);
+      store(best, y + i * y_step + c, n);
+      element.store_bytes(argmax + i * K + c, n);
+    }
+}
+
+// Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a
+// pixel every `pitch` floats. With argmax it is two rows, the other at `next`, and they are pooled.
+static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+                      int64_t lanes, const float* row, const float* next, int64_t pitch,
+                      float* scratch) {
+  const bool last = v.yc == 1;
+  if (v.argmax) {
+    h /= 2, w /= 2, cols /= 2;
+  }
+  float* const y = v.y + n * v.yn + h * v.yh + w * v.yw + k * v.yc;
+  if (v.argmax) {
+    uint8_t* const argmax = v.argmax + ((n * (v.h.out / 2) + h) * (v.w.out / 2) + w) * v.K + k;
+    pool_rows(row, next, pitch, cols, lanes, last ? y : scratch, last ? v.yw : pitch, argmax, v.K);
+    row = scratch;
+  } else if (last) {
+    for (int64_t j = 0; j < cols; ++j)
+      each_vector(0, lanes, [&](int64_t c, int64_t count) {
+        store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
+      });
+  }
+  if (!last) transpose_copy({row, nullptr}, 0, pitch, cols, lanes, y, v.yc);
 }

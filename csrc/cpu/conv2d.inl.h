@@ -101,12 +101,13 @@ struct Block {
     for (int64_t i = 0; i < rows.runs; ++i)
       for (int64_t r = 0; r < rows.run; ++r)
         for (int64_t j = 0; j < cols.runs; ++j, scratch += cols.run * v.x.C)
-          load_row(v.x, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, v.x.C,
-                   scratch);
+          load_row(v.x, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, 0,
+                   v.x.C, v.x.C, scratch);
   }
 };
 
 static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
+static int64_t conv2d_batch(const Conv2d&) { return 1; }
 static int64_t conv2d_scratch(const Conv2d& v) {
   const Cut cut(v);
   return cut.x_floats + most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
@@ -236,31 +237,6 @@ static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const fl
   }
 }
 
-// Pools two rows of `windows` windows, a pixel every kTileCols floats: the values to y, a pixel
-// every y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above
-// all, and no gradient where ReLU lets none pass.
-static void pool_rows(const float* rows, int64_t windows, int64_t lanes, float* y, int64_t y_step,
-                      uint8_t* argmax, int64_t K) {
-  const float* const next = rows + 2 * windows * kTileCols;
-  for (int64_t i = 0; i < windows; ++i)
-    for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
-      const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * kTileCols + c;
-      const float* const window[] = {rows + at, rows + at + kTileCols, next + at,
-                                     next + at + kTileCols};
-      Vec best = Vec::load(window[0]), element = Vec::zero();
-#pragma GCC unroll 3
-      for (int e = 1; e < 4; ++e) {
-        const Vec z = Vec::load(window[e]);
-        const auto better = either(z > best, is_nan(z));
-        best = select(better, z, best);
-        element = select(better, Vec::fill(static_cast<float>(e)), element);
-      }
-      element = select(best <= Vec::zero(), Vec::fill(kNoElement), element);
-      store(best, y + i * y_step + c, n);
-      element.store_bytes(argmax + i * K + c, n);
-    }
-}
-
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
   const Cut cut(v);
@@ -275,21 +251,15 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
       const int64_t k = p.group * (v.K / v.groups) + p.k;
       const float* panel = weight + j * conv2d_panel_floats(v);
       for (int64_t h = b.h; h < b.h_end; h += pool) {
-        float* y = v.y + b.n * v.yn + h / pool * v.yh + b.w / pool * v.yw + k * v.yc;
-        if (v.argmax) {
-          for (int64_t r = 0; r < 2; ++r)
-            conv2d_row(v, b, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
-          const int64_t at = ((b.n * (v.h.out / 2) + h / 2) * (v.w.out / 2) + b.w / 2) * v.K + k;
-          const bool last = v.yc == 1;
-          pool_rows(rows, cols / 2, p.lanes, last ? y : pooled, last ? v.yw : kTileCols,
-                    v.argmax + at, v.K);
-          if (!last) transpose_copy({pooled, nullptr}, 0, kTileCols, cols / 2, p.lanes, y, v.yc);
-        } else if (v.yc == 1) {
+        if (v.yc == 1 && !v.argmax) {
+          float* y = v.y + b.n * v.yn + h * v.yh + b.w * v.yw + k;
           conv2d_row(v, b, p, panel, h, y, v.yw);
-        } else {
-          conv2d_row(v, b, p, panel, h, rows, kTileCols);
-          transpose_copy({rows, nullptr}, 0, kTileCols, cols, p.lanes, y, v.yc);
+          continue;
         }
+        for (int64_t r = 0; r < pool; ++r)
+          conv2d_row(v, b, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
+        store_row(v, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
+                  pooled);
       }
     }
   }
@@ -360,7 +330,7 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
     const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
     const bool joined = v.groups == 1 && tw.at_step == 1;  // taps along memory
-    load_block(grad_y, b.n, b.h, rows, b.w, cols, cut.g_pitch, g_block);
+    load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, v.K, cut.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(v, q);
       const float* g = g_block + p.group * k + p.k;
@@ -398,18 +368,36 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
   }
 }
 
-// to[k, c, kh, kw] = sums as above, summed already; `to` by the strides of f, for which f.data is
-// null.
-static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to) {
-  const int64_t c = v.x.C / v.groups, k = v.K / v.groups;
-  for (int64_t g = 0; g < v.groups; ++g)
-    for (int64_t kh = 0; kh < v.h.taps; ++kh)
-      for (int64_t kw = 0; kw < v.w.taps; ++kw, sums += c * k) {
-        float* tap = to + g * f.sg + kh * f.sh + kw * f.sw;
-        if (f.si == 1)
-          transpose_copy({sums, nullptr}, 0, k, c, k, tap, f.so);
-        else
-          for (int64_t o = 0; o < k; ++o)
-            for (int64_t i = 0; i < c; ++i) tap[o * f.so + i * f.si] = sums[i * k + o];
-      }
+static int64_t conv2d_sum_floats(const Conv2d& v) {
+  return v.h.taps * v.w.taps * (v.x.C / v.groups) * v.K;
 }
+
+// to[k, c, kh, kw] = sums as above, summed already, of panels [begin, end).
+static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to,
+                          int64_t begin, int64_t end) {
+  const int64_t c = v.x.C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
+  for (int64_t q = begin; q < end; ++q) {
+    const Panel p(v, q);
+    for (int64_t kh = 0; kh < v.h.taps; ++kh)
+      for (int64_t kw = 0; kw < v.w.taps; ++kw) {
+        const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
+        float* tap = to + p.group * f.sg + p.k * f.so + kh * f.sh + kw * f.sw;
+        if (f.si == 1)
+          transpose_copy({from, nullptr}, 0, k, c, p.lanes, tap, f.so);
+        else
+          for (int64_t o = 0; o < p.lanes; ++o)
+            for (int64_t i = 0; i < c; ++i) tap[o * f.so + i * f.si] = from[i * k + o];
+      }
+  }
+}
+
+constexpr Conv2dKernels kConv2d = {.blocks = conv2d_blocks,
+                                   .batch = conv2d_batch,
+                                   .scratch = conv2d_scratch,
+                                   .panels = conv2d_panels,
+                                   .panel_floats = conv2d_panel_floats,
+                                   .sum_floats = conv2d_sum_floats,
+                                   .pack = conv2d_pack,
+                                   .forward = conv2d,
+                                   .grad_weight = conv2d_grad_weight,
+                                   .unpack = conv2d_unpack};

@@ -19,6 +19,7 @@ namespace {
 #include "max_pool2d.inl.h"
 #include "probe.inl.h"
 #include "relu.inl.h"
+#include "winograd.inl.h"
 }  // namespace
 
 #define STRING_(x) #x
@@ -29,14 +30,9 @@ constinit const Kernels ISA = {
     .gemm_tile_cols = kTileCols,
     .gemm_scratch = kGemmScratch,
     .gemm = gemm,
-    .conv2d_blocks = conv2d_blocks,
-    .conv2d_scratch = conv2d_scratch,
-    .conv2d_panels = conv2d_panels,
-    .conv2d_panel_floats = conv2d_panel_floats,
-    .conv2d_pack = conv2d_pack,
-    .conv2d = conv2d,
-    .conv2d_grad_weight = conv2d_grad_weight,
-    .conv2d_unpack = conv2d_unpack,
+    .conv2d = kConv2d,
+    .winograd_4x4 = kWinograd<4>,
+    .winograd_2x2 = kWinograd<2>,
     .sum_rows = sum_rows,
     .relu = relu,
     .relu_backward = relu_backward,

@@ -31,22 +31,25 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
 namespace conv {
 namespace {
 
-// Work on blocks and panels of a pass, `flops` in all: f(block, block_end, panel, panel_end,
-// scratch).
-using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, int64_t, float*)>;
-void parallel_blocks(const cpu::Conv2d& v, int64_t blocks, double flops, Pass f) {
+// The algorithm, from the shape alone: see benchmarks/NOTES.md for what set the bounds.
+const cpu::Conv2dKernels& choose(const cpu::Conv2d& v) {
   const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), floats = table.conv2d_scratch(v);
-  // With few blocks, several threads share one, each with some of its panels.
-  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / blocks, 1, panels);
-  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (blocks * parts) + 1));
-  parallel_chunks(blocks * parts, grain, [&](int64_t begin, int64_t end) {
-    float* const memory = scratch(floats);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % parts;
-      f(i / parts, i / parts + 1, panels * part / parts, panels * (part + 1) / parts, memory);
-    }
-  });
+  const auto is_plain_3x3 = [](const cpu::ConvAxis& a) {
+    return a.taps == 3 && a.stride == 1 && a.dilation == 1 && a.up == 1;
+  };
+  if (v.groups != 1 || !is_plain_3x3(v.h) || !is_plain_3x3(v.w)) return table.conv2d;
+  switch (conv_algorithm()) {
+    case ConvAlgorithm::kDirect:
+      return table.conv2d;
+    case ConvAlgorithm::kWinograd2:
+      return table.winograd_2x2;
+    case ConvAlgorithm::kWinograd4:
+      return table.winograd_4x4;
+    case ConvAlgorithm::kAny:
+      break;
+  }
+  const bool wide = v.x.C >= 16 && v.K >= 16, tiny = v.h.out <= 4 || v.w.out <= 4;
+  return wide && !tiny && !precision_is_ieee ? table.winograd_4x4 : table.conv2d;
 }
 
 double flops(const Geometry& g) {
@@ -54,52 +57,77 @@ double flops(const Geometry& g) {
          static_cast<double>(g.c * g.KH * g.KW);
 }
 
-// Sums over all pixels of all images. The blocks are
-// cut into chunks, each with sums of its own, by a rule of the shape alone: same bits always.
+// `units` of work, `flops` in all, each on all panels: f(unit, panel, panel_end, scratch).
+using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, float*)>;
+void parallel_units(int64_t units, int64_t panels, int64_t floats, double flops, Pass f) {
+  // Where there are few, several threads share one, each with some of its panels.
+  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / units, 1, panels);
+  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (units * parts) + 1));
+  parallel_chunks(units * parts, grain, [&](int64_t begin, int64_t end) {
+    float* const memory = scratch(floats);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts;
+      f(i / parts, panels * part / parts, panels * (part + 1) / parts, memory);
+    }
+  });
+}
+
+// Sums over all pixels of all images. The blocks are cut into chunks, each with sums of its own, by
+// a rule of the shape alone: same bits always.
 void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x,
                    const Tensor& grad_weight, const Tensor& grad_bias) {
-  const cpu::Kernels& table = cpu::kernels();
   const cpu::Conv2d v = g.forward(x);
-  const int64_t size = g.K * g.c * g.KH * g.KW, blocks = g.N * table.conv2d_blocks(v);
+  const cpu::Conv2dKernels& kernels = choose(v);
+  const int64_t blocks = g.N * kernels.blocks(v), batch = kernels.batch(v);
+  const int64_t batches = (blocks + batch - 1) / batch, panels = kernels.panels(v);
+  const int64_t size = grad_weight.defined() ? kernels.sum_floats(v) : 0;
+  const int64_t bias_size = grad_bias.defined() ? g.K : 0;
   const int64_t chunks =
-      std::clamp<int64_t>((int64_t{1} << 22) / size, 1, std::min<int64_t>(blocks, 16));
-  const Tensor sums = at::empty({chunks, grad_weight.defined() ? size : 0}, at::kFloat);
-  const Tensor bias_sums = at::empty({chunks, grad_bias.defined() ? g.K : 0}, at::kFloat);
-  float* const to = grad_weight.defined() ? sums.mutable_data_ptr<float>() : nullptr;
-  float* const bias_to = grad_bias.defined() ? bias_sums.mutable_data_ptr<float>() : nullptr;
-  parallel_blocks(
-      v, chunks, flops(g), [&](int64_t i, int64_t, int64_t from, int64_t end, float* memory) {
-        table.conv2d_grad_weight(v, grad_y, blocks * i / chunks, blocks * (i + 1) / chunks, from,
-                                 end, to ? to + i * size : nullptr,
-                                 bias_to ? bias_to + i * g.K : nullptr, memory);
-      });
-  const auto reduce = [&](const float* partial, int64_t n, float* result) {
-    parallel_chunks(
-        n, 65536, [&](int64_t b, int64_t e) { table.sum_rows(partial, chunks, n, result, b, e); });
+      std::clamp<int64_t>((int64_t{1} << 22) / (size + 1), 1, std::min<int64_t>(batches, 16));
+  const Tensor sums = at::empty({chunks, size}, at::kFloat);
+  const Tensor bias_sums = at::empty({chunks, bias_size}, at::kFloat);
+  float* const to = size ? sums.mutable_data_ptr<float>() : nullptr;
+  float* const bias_to = bias_size ? bias_sums.mutable_data_ptr<float>() : nullptr;
+  parallel_units(chunks, panels, kernels.scratch(v), flops(g),
+                 [&](int64_t i, int64_t panel, int64_t panel_end, float* memory) {
+                   const int64_t begin = batches * i / chunks * batch;
+                   const int64_t end = std::min(batches * (i + 1) / chunks * batch, blocks);
+                   kernels.grad_weight(v, grad_y, begin, end, panel, panel_end,
+                                       to ? to + i * size : nullptr,
+                                       bias_to ? bias_to + i * bias_size : nullptr, memory);
+                 });
+  // All chunks into the first: each element is read before it is written.
+  const auto reduce = [&](float* partial, int64_t n, float* result) {
+    parallel_chunks(n, 65536, [&](int64_t begin, int64_t end) {
+      cpu::kernels().sum_rows(partial, chunks, n, result, begin, end);
+    });
   };
-  if (grad_bias.defined()) reduce(bias_to, g.K, grad_bias.mutable_data_ptr<float>());
-  if (grad_weight.defined()) {
-    const Tensor total = at::empty({size}, at::kFloat);
-    reduce(to, size, total.mutable_data_ptr<float>());
-    table.conv2d_unpack(v, total.const_data_ptr<float>(), g.filter(grad_weight),
-                        grad_weight.mutable_data_ptr<float>());
+  if (bias_to) reduce(bias_to, bias_size, grad_bias.mutable_data_ptr<float>());
+  if (to) {
+    reduce(to, size, to);
+    float* const result = grad_weight.mutable_data_ptr<float>();
+    parallel_chunks(panels, 1 + 20000 * panels / size, [&](int64_t begin, int64_t end) {
+      kernels.unpack(v, to, g.filter(grad_weight), result, begin, end);
+    });
   }
 }
 
 }  // namespace
 
 void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
-  const cpu::Kernels& table = cpu::kernels();
-  const int64_t panels = table.conv2d_panels(v), panel = table.conv2d_panel_floats(v);
-  const Tensor packed = at::empty({panels * panel}, at::kFloat);
+  const cpu::Conv2dKernels& kernels = choose(v);
+  const int64_t panels = kernels.panels(v), panel_floats = kernels.panel_floats(v);
+  const Tensor packed = at::empty({panels * panel_floats}, at::kFloat);
   float* const weights = packed.mutable_data_ptr<float>();
-  parallel_chunks(panels, 1 + 20000 / panel, [&](int64_t begin, int64_t end) {
-    table.conv2d_pack(v, filter, weights, begin, end);
+  parallel_chunks(panels, 1 + 20000 / panel_floats, [&](int64_t begin, int64_t end) {
+    kernels.pack(v, filter, weights, begin, end);
   });
-  parallel_blocks(v, g.N * table.conv2d_blocks(v), flops(g),
-                  [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
-                    table.conv2d(v, weights, begin, end, from, to, memory);
-                  });
+  const int64_t blocks = g.N * kernels.blocks(v), batch = kernels.batch(v);
+  parallel_units((blocks + batch - 1) / batch, panels, kernels.scratch(v), flops(g),
+                 [&](int64_t i, int64_t panel, int64_t panel_end, float* memory) {
+                   const int64_t end = std::min((i + 1) * batch, blocks);
+                   kernels.forward(v, weights, i * batch, end, panel, panel_end, memory);
+                 });
 }
 
 Grads new_gradients(const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dlkernels
 from dlkernels import _C
 
 ISAS = [isa for isa in ("baseline", "avx2", "avx512") if _C.set_isa(isa)]  # the last is the best
@@ -19,6 +20,13 @@ def machine(request):
     yield isa
     torch.set_num_threads(before)
     _C.set_isa(ISAS[-1])
+
+
+@pytest.fixture
+def ieee():
+    """For tests that compare with the error of PyTorch's direct convolution."""
+    with dlkernels.set_precision("ieee"):
+        yield
 
 
 @pytest.fixture(autouse=True)

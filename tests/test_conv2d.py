@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import dlkernels.functional as ours
 from common import calls, check
 
+pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
 PAIRS = {
     "conv2d": (ours.conv2d, F.conv2d),
     "conv2d_relu": (ours.conv2d_relu, lambda *a, **k: F.relu(F.conv2d(*a, **k))),

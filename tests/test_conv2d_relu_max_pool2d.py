@@ -13,6 +13,7 @@ import dlkernels
 import dlkernels.functional as ours
 from common import calls, check, steps
 
+pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
 NAN, INF = float("nan"), float("inf")
 OP = "conv2d_relu_max_pool2d"
 # What runs for windows of 2x2, and for others.

@@ -25,8 +25,7 @@ def cnn():
 
 KERNELS = {
     mlp: {"linear", "linear_relu", "linear_backward"},
-    cnn: {"linear", "linear_relu", "linear_backward", "conv2d_relu", "conv2d_backward"}
-    | {"max_pool2d", "max_pool2d_backward"}
+    cnn: {"linear", "linear_relu", "linear_backward"}
     | {"conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"},
 }
 

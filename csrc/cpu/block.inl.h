@@ -77,7 +77,7 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
   const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
   to += begin * pitch;
   if (x.argmax) return unpool_row(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
-  if (x.sc == 1 && sw == pitch && channels == pitch) {                                // one run
+  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {             // one run
     pack_run(s, from, size * pitch, size * pitch, to);
   } else if (x.sc == 1) {
     for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);

@@ -87,22 +87,53 @@ struct Cut {
 struct Block {
   int64_t n, h, h_end, w, w_end;
   Span rows, cols;
-  const float* x;
 
-  Block(const Conv2d& v, const Cut& cut, int64_t index, float* scratch)
+  Block(const Conv2d& v, const Cut& cut, int64_t index)
       : n(index / cut.count),
         h(index % cut.count / cut.count_w * cut.rows),
         h_end(least(h + cut.rows, v.h.out)),
         w(index % cut.count % cut.count_w * cut.cols),
         w_end(least(w + cut.cols, v.w.out)),
         rows(v.h, h, h_end - h),
-        cols(v.w, w, w_end - w),
-        x(scratch) {
+        cols(v.w, w, w_end - w) {}
+
+  // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
+  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
     for (int64_t i = 0; i < rows.runs; ++i)
       for (int64_t r = 0; r < rows.run; ++r)
-        for (int64_t j = 0; j < cols.runs; ++j, scratch += cols.run * v.x.C)
-          load_row(v.x, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, 0,
-                   v.x.C, v.x.C, scratch);
+        for (int64_t j = 0; j < cols.runs; ++j, x += cols.run * channels)
+          load_row(images, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, c,
+                   channels, channels, x);
+  }
+};
+
+// With few output channels, these are few lanes; then the lanes are pixels, in planes, and the
+// channels are the tile's rows. An output's columns go on into the margin of its row of inputs, so
+// that a block is one long row.
+constexpr int64_t kFewChannels = 8, kPixel = most(kFewChannels, Vec::kWidth);
+
+static bool are_planes(const Conv2d& v, const Cut& cut) {
+  const auto plain = [](const ConvAxis& a, const Span& s) {
+    return a.stride == 1 && a.up == 1 && !s.apart;
+  };
+  const Span rows(v.h, 0, cut.rows), cols(v.w, 0, cut.cols);
+  return v.groups == 1 && v.K <= kFewChannels && plain(v.h, rows) && plain(v.w, cols) &&
+         2 * cut.cols >= cols.size();
+}
+
+// Where they are in scratch: a plane of inputs each for C channels, of outputs for K, then rows.
+struct Planes {
+  int64_t in_pitch, out_pitch, out, rows, floats;
+
+  Planes(const Conv2d& v, const Cut& cut) {
+    constexpr int64_t kBeyond = 4 * Vec::kWidth;  // the last tile's
+    const int64_t cols = Span(v.w, 0, cut.cols).size();
+    in_pitch = Cut::round_up(Span(v.h, 0, cut.rows).size() * cols);
+    out_pitch = Cut::round_up(cut.rows * cols) + kBeyond;
+    const int64_t in = v.x.C * in_pitch;  // and the same again, channels last
+    out = 2 * in + kBeyond;
+    rows = out + v.K * out_pitch;
+    floats = rows + 3 * cut.cols * kPixel;
   }
 };
 
@@ -110,7 +141,8 @@ static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
 static int64_t conv2d_batch(const Conv2d&) { return 1; }
 static int64_t conv2d_scratch(const Conv2d& v) {
   const Cut cut(v);
-  return cut.x_floats + most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
+  const int64_t rows = most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
+  return most(cut.x_floats + rows, are_planes(v, cut) ? Planes(v, cut).floats : 0);
 }
 
 // ---- weights -------------------------------------------------------------------------------
@@ -210,15 +242,15 @@ struct ConvRow {
 };
 
 // Row h of a block, one panel, all columns [w, w_end), to y: a pixel every y_step floats.
-static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const float* weight,
-                       int64_t h, float* y, int64_t y_step) {
+static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
+                       const float* weight, int64_t h, float* y, int64_t y_step) {
   const int64_t C = v.x.C, c = C / v.groups;
   const Taps th = b.rows.taps(h);
   const int64_t x_row = b.cols.size() * C;
   for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
     const Taps tw = b.cols.taps(w);
     const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
-    const ConvRow row = {.x = b.x + th.at * x_row + tw.at * C + p.group * c,
+    const ConvRow row = {.x = x + th.at * x_row + tw.at * C + p.group * c,
                          .x_step = b.cols.output_step() * C,
                          .x_row = th.at_step * x_row,
                          .x_col = tw.at_step * C,
@@ -237,14 +269,85 @@ static void conv2d_row(const Conv2d& v, const Block& b, const Panel& p, const fl
   }
 }
 
+// Outputs [o, o + V * kWidth) of R planes, the inputs of o's first tap at x.
+template <int R, int V>
+static void planes_tile(const Conv2d& v, const float* weight, const float* x, int64_t x_pitch,
+                        int64_t row, float* y, int64_t y_pitch) {
+  const int64_t C = v.x.C, tap = C * kTileCols;
+  Tile<R, V> t;
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t kh = 0; kh < v.h.taps; ++kh)
+      t.add_columns(weight + kh * v.w.taps * tap + c * kTileCols, tap,
+                    x + c * x_pitch + kh * v.h.dilation * row, v.w.dilation, v.w.taps);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vec bias = v.bias ? Vec::fill(v.bias[r]) : Vec::zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      Vec z = t.c[r][i] + bias;
+      if (v.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
+      z.store(y + r * y_pitch + i * Vec::kWidth);
+    }
+  }
+}
+
+template <int R = kFewChannels>
+static void planes_tiles(const Conv2d& v, const float* weight, const float* x, int64_t x_pitch,
+                         int64_t row, float* y, int64_t y_pitch, int64_t size) {
+  if constexpr (R > 1)
+    if (v.K < R) return planes_tiles<R - 1>(v, weight, x, x_pitch, row, y, y_pitch, size);
+  constexpr int V = least(4, most(1, kTileRows * kTileVecs / R)), kStep = V * Vec::kWidth;
+  int64_t o = 0;
+  for (; o + kStep <= size; o += kStep)
+    planes_tile<R, V>(v, weight, x + o, x_pitch, row, y + o, y_pitch);
+  for (; o < size; o += Vec::kWidth)
+    planes_tile<R, 1>(v, weight, x + o, x_pitch, row, y + o, y_pitch);
+}
+
+static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const float* weight,
+                          float* scratch) {
+  const Planes p(v, cut);
+  const int64_t C = v.x.C, row = b.cols.size(), pixels = b.rows.size() * row;
+  if (v.x.sw == 1 && !v.x.argmax) {
+    for (int64_t c = 0; c < C; ++c) b.load(v.x, c, 1, scratch + c * p.in_pitch);
+  } else {
+    float* const last = scratch + C * p.in_pitch;
+    b.load(v.x, 0, C, last);
+    transpose_copy({last, nullptr}, 0, C, pixels, C, scratch, p.in_pitch);
+  }
+  const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, pool = v.argmax ? 2 : 1;
+  float* const out = scratch + p.out;
+  planes_tiles(v, weight, scratch, p.in_pitch, row, out, p.out_pitch, (rows - 1) * row + cols);
+  for (int64_t h = 0; h < rows; h += pool) {
+    if (v.yc != 1 && !v.argmax) {
+      for (int64_t k = 0; k < v.K; ++k)
+        pack_run({out, nullptr}, k * p.out_pitch + h * row, cols, cols,
+                 v.y + b.n * v.yn + k * v.yc + (b.h + h) * v.yh + b.w);
+      continue;
+    }
+    float* const last = scratch + p.rows;
+    for (int64_t r = 0; r < pool; ++r)
+      transpose_copy({out, nullptr}, (h + r) * row, p.out_pitch, v.K, cols,
+                     last + r * cols * kPixel, kPixel);
+    store_row(v, b.n, b.h + h, b.w, cols, 0, v.K, last, last + cols * kPixel, kPixel,
+              last + 2 * cols * kPixel);
+  }
+}
+
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
   const Cut cut(v);
   const int64_t pool = v.argmax ? 2 : 1;
+  const bool narrow = are_planes(v, cut);
   float* const rows = scratch + cut.x_floats;  // channels last, for what is still to be done
   for (int64_t i = begin; i < end; ++i) {
-    const Block b(v, cut, i, scratch);
+    const Block b(v, cut, i);
     const int64_t cols = b.w_end - b.w;
+    if (narrow) {
+      conv2d_planes(v, cut, b, weight, scratch);
+      continue;
+    }
+    b.load(v.x, 0, v.x.C, scratch);
     float* const pooled = rows + 2 * cols * kTileCols;
     for (int64_t j = panel_begin; j < panel_end; ++j) {
       const Panel p(v, j);
@@ -253,11 +356,11 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
       for (int64_t h = b.h; h < b.h_end; h += pool) {
         if (v.yc == 1 && !v.argmax) {
           float* y = v.y + b.n * v.yn + h * v.yh + b.w * v.yw + k;
-          conv2d_row(v, b, p, panel, h, y, v.yw);
+          conv2d_row(v, b, scratch, p, panel, h, y, v.yw);
           continue;
         }
         for (int64_t r = 0; r < pool; ++r)
-          conv2d_row(v, b, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
+          conv2d_row(v, b, scratch, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
         store_row(v, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
                   pooled);
       }
@@ -326,7 +429,8 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
   const int64_t C = v.x.C, c = C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
   float* const g_block = scratch + cut.x_floats;
   for (int64_t i = begin; i < end; ++i) {
-    const Block b(v, cut, i, scratch);
+    const Block b(v, cut, i);
+    b.load(v.x, 0, C, scratch);
     const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
     const bool joined = v.groups == 1 && tw.at_step == 1;  // taps along memory
@@ -351,7 +455,7 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
       for (int64_t kh = 0; kh < v.h.taps; ++kh)
         for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
           const ConvColumns columns = {
-              .x = b.x + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c,
+              .x = scratch + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c,
               .g = g,
               .x_step = b.cols.output_step() * C,
               .x_row = b.rows.output_step() * x_row,

@@ -1,7 +1,7 @@
 // Rows of any length in vectors: what every kernel body shares.
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // n <= Vec::kWidth elements, with a plain load or store where that is a whole vector.
 static inline Vec load(const float* p, int64_t n) {

@@ -59,6 +59,8 @@ static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t
   if (first + 2 * windows < cols) single(cols - 1);
 }
 
+constexpr int64_t kAhead = 64;  // floats
+
 // Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
 // i < channels, zeros beyond.
 static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
@@ -82,6 +84,12 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
   } else if (x.sc == 1) {
     for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);
   } else if (step == 1 && pitch >= Vec::kWidth / 2) {
+    // The hardware does not follow so many planes at once: ask for the next rows of each.
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t ahead = from + i * x.sc + kAhead;
+      __builtin_prefetch(x.data + ahead);
+      if (x.relu_y) __builtin_prefetch(x.relu_y + ahead);
+    }
     transpose_copy(s, from, x.sc, channels, size, to, pitch);
     for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
   } else {
@@ -119,6 +127,19 @@ static void pool_rows(const float* row, const float* next, int64_t pitch, int64_
       store(best, y + i * y_step + c, n);
       element.store_bytes(argmax + i * K + c, n);
     }
+}
+
+// Asks for the lines of y that rows [h, h + rows), as in store_row, will go to. Inline, because GCC
+// takes a function that only prefetches for one that does nothing.
+__attribute__((always_inline)) static inline void expect_rows(const Conv2d& v, int64_t n, int64_t h,
+                                                              int64_t rows, int64_t w, int64_t cols,
+                                                              int64_t k, int64_t lanes) {
+  const int64_t pool = v.argmax ? 2 : 1;
+  const float* const y = v.y + n * v.yn + h / pool * v.yh + w / pool * v.yw + k * v.yc;
+  for (int64_t c = 0; c < lanes; ++c)
+    for (int64_t i = 0; i < rows / pool; ++i)
+      for (int64_t j = 0; j < cols / pool; j += 16)
+        __builtin_prefetch(y + c * v.yc + i * v.yh + j, 1);
 }
 
 // Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a

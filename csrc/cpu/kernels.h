@@ -169,7 +169,7 @@ struct Kernels {
 
   // The ways to compute a convolution. Winograd's, by tiles of 4x4 or 2x2 outputs, need windows of
   // 3x3, stride, dilation and up 1, one group. 4x4 is the fastest for 16 channels and more, and
-  // rounds most: RMS 3 to 5 times that of the direct sum, where 2x2 rounds as that does.
+  // rounds most: RMS 2 to 4 times that of the direct sum, where 2x2 rounds as that does.
   Conv2dKernels conv2d, winograd_4x4, winograd_2x2;
 
   // y[i] = sum_r x[r * n + i], in order

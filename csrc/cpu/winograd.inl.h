@@ -97,9 +97,12 @@ __attribute__((always_inline)) static inline void transform(const From& from, co
 
 // ---- blocks, and batches of them -------------------------------------------------------------
 
-constexpr int64_t kLoadChannels = 128, kLoadFloats = 1 << 13;  // L1
+// How many channels and floats are loaded at a time: longer runs of memory, but in L1 or near it.
+constexpr int64_t kLoadChannels = 128, kLoadFloats = 1 << 13;
+
 // How the tiles of an image are cut into blocks, from the sizes alone. As many blocks as have
-// kTiles tiles are a batch: products of matrices with that many rows.
+// kTiles tiles are a batch: products of matrices with that many rows. With 16 or 32 the weights are
+// read too often, 128 is no better; a batch and its results need not fit into L2.
 template <int M>
 struct WinogradCut {
   static constexpr int64_t kPoints = (M + 2) * (M + 2);
@@ -201,7 +204,7 @@ static int64_t winograd_sum_floats(const Conv2d& v) {
   return winograd_panels(v) * winograd_panel_floats<M>(v);
 }
 
-// Between the 9 taps of `lanes` outputs and `inputs` inputs in a filter, and taps[i][tap][lane].
+// Inputs whose weights are turned on their side at a time: taps[input][tap][output].
 constexpr int64_t kFilterInputs = 16;
 
 template <int M>
@@ -296,6 +299,7 @@ static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64
     const bool whole =
         v.yc == 1 && !v.argmax && lanes == Vec::kWidth && rows == M && width == M * b.cols;
     float* const to = whole ? v.y + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
+    if (v.yc != 1) expect_rows(v, b.n, h0, rows, M * b.col, width, k, lanes);
     const int64_t row = whole ? v.yh : M * b.cols * Vec::kWidth, col = whole ? v.yw : Vec::kWidth;
     for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
       transform<Winograd<M>::kOut>(

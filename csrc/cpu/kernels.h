@@ -112,6 +112,11 @@ struct Kernels {
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                const GemmPart& part, float* scratch);
 
+  // The same where both operands have col = 1, without masks and row_sums, and nothing is packed:
+  // for a few rows of either, where the sum is long.
+  void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                   const GemmPart& part);
+
   // y[pixel, k] = sum_j patches[pixel, j] * weight[k, j], j over (kh, kw, c); weight contiguous.
   // channels_last: out's rows are pixels and its columns k. Otherwise the other way round.
   void (*conv2d)(const Patches& patches, const float* weight, bool channels_last,

@@ -15,6 +15,7 @@ namespace {
 #include "adam.inl.h"
 #include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
+#include "dot.inl.h"
 #include "max_pool2d.inl.h"
 #include "probe.inl.h"
 #include "relu.inl.h"
@@ -28,6 +29,7 @@ constinit const Kernels ISA = {
     .gemm_tile_cols = kTileCols,
     .gemm_scratch = kGemmScratch,
     .gemm = gemm,
+    .gemm_dot = gemm_dot,
     .conv2d = conv2d,
     .conv2d_grad_weight = conv2d_grad_weight,
     .sum_rows = sum_rows,

@@ -1,4 +1,5 @@
-// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h.
+// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h and
+// cpu/dot.inl.h.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -7,7 +8,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "common.h"
+#include "gemm.h"
 
 namespace dlkernels {
 
@@ -103,29 +104,24 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-// (..., K) -> (M, K), a view where the strides allow it.
-Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
-
-// Any strides: packing reads transposed and expanded operands as they lie.
-cpu::Matrix matrix(const Tensor& x, const float* relu_y = nullptr) {
-  return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), relu_y};
-}
-
 template <bool kRelu>
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
   Tensor y = linear_meta<kRelu>(input, weight, bias);
   if (y.numel() == 0) return y;
-  const Tensor x = as_matrix(input), b = bias ? bias->contiguous() : Tensor();
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
-  const cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(),
-                               .row = N,
-                               .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
-                               .relu = kRelu};
-  parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* scratch) {
-    cpu::kernels().gemm(matrix(x), matrix(weight), K, out, part, scratch);
-  });
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const int64_t N = weight.size(0), K = weight.size(1);
+  Tensor copy;
+  multiply({{.a = as_rows(input, copy),
+             .b = as_rows(weight, copy),
+             .M = y.numel() / N,
+             .N = N,
+             .K = K,
+             .out = {.c = y.mutable_data_ptr<float>(),
+                     .row = N,
+                     .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
+                     .relu = kRelu}}});
   return y;
 }
 
@@ -134,38 +130,47 @@ Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
                           std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
-  if (grad_y.size(-1) == 0) {  // no sum has a term
+  const int64_t N = grad_y.size(-1);
+  if (N == 0) {  // no sum has a term
     if (grad_x.defined()) grad_x.zero_();
     return {grad_x, grad_weight, grad_bias};
   }
   // The mask y > 0 is read together with grad_y, so the two must lie alike.
-  const Tensor yc = y ? y->contiguous() : Tensor();
-  const Tensor gy = as_matrix(y ? grad_y.contiguous() : grad_y);
-  const cpu::Matrix g = matrix(gy, y ? yc.const_data_ptr<float>() : nullptr);
-  const cpu::Matrix g_t = {g.data, g.col, g.row, g.relu_y};
-  const int64_t M = gy.size(0), N = gy.size(1);
+  Tensor g_copy, x_copy;
+  const Tensor yc = y ? y->contiguous() : Tensor(), gy = y ? grad_y.contiguous() : grad_y;
+  cpu::Matrix g = as_rows(gy, g_copy);
+  if (y) g.relu_y = yc.const_data_ptr<float>();
+  const int64_t M = grad_y.numel() / N;
+
+  Product for_x = {.M = M, .N = 0, .K = N, .out = {}},
+          for_weight = {.M = N, .N = 0, .K = M, .out = {}};
   if (mask[0]) {
-    const int64_t K = weight->size(1);
-    const cpu::GemmOutput out = {.c = grad_x.mutable_data_ptr<float>(), .row = K};
-    parallel_gemm(M, K, N, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g, matrix(weight->t()), N, out, part, scratch);
-    });
+    for_x.a = g, for_x.b = transposed(as_rows(*weight, x_copy));
+    for_x.out.c = grad_x.mutable_data_ptr<float>();
+    for_x.N = for_x.out.row = weight->size(1);
   }
-  if (mask[1] || mask[2]) {  // the bias gradient is the row sums of the same packed operand
-    const Tensor x_t = mask[1] ? as_matrix(*input).t() : Tensor();
-    const int64_t K = mask[1] ? x_t.size(0) : 0;
-    const cpu::GemmOutput out = {
-        .c = mask[1] ? grad_weight.mutable_data_ptr<float>() : nullptr,
-        .row = K,
-        .row_sums = mask[2] ? grad_bias.mutable_data_ptr<float>() : nullptr};
-    parallel_gemm(N, K, M, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g_t, mask[1] ? matrix(x_t) : cpu::Matrix{}, M, out, part, scratch);
-    });
+  if (mask[1]) {
+    for_weight.b = transposed(as_rows(*input, x_copy));
+    for_weight.out.c = grad_weight.mutable_data_ptr<float>();
+    for_weight.N = for_weight.out.row = input->size(-1);
   }
+  for_weight.a = transposed(g);
+  // The bias gradient is the row sums of the same packed operand.
+  if (mask[2]) for_weight.out.row_sums = grad_bias.mutable_data_ptr<float>();
+  const bool weight_or_bias = mask[1] || mask[2];
+  if (mask[0] && weight_or_bias)
+    multiply({for_x, for_weight});
+  else if (mask[0])
+    multiply({for_x});
+  else if (weight_or_bias)
+    multiply({for_weight});
   return {grad_x, grad_weight, grad_bias};
 }
 
 // ---- gradient -----------------------------------------------------------------------------
+
+// (..., K) -> (M, K)
+Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
 
 template <bool kRelu>
 struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {

@@ -34,8 +34,8 @@ struct Product {
 // Computes them in one parallel region. C is cut where nothing is packed twice: along N where B has
 // to be packed, else along M; into a few parts a thread, for one that is held up.
 inline void multiply(std::initializer_list<Product> products) {
-  constexpr double kFork = 1.5e6, kPart = 1e6;  // multiply-adds: about 10 and 6 us
-  constexpr int64_t kPartsPerThread = 4;
+  constexpr double kFork = 1.5e6;  // multiply-adds: about 10 us
+  constexpr int64_t kPartsPerThread = 4, kPartTiles = 4;
   double work = 0;
   for (const Product& p : products) work += p.work();
   const bool fork = work >= kFork && !at::in_parallel_region();
@@ -51,18 +51,22 @@ inline void multiply(std::initializer_list<Product> products) {
   for (const Product& p : products) {
     Grid g = {.step_m = std::max<int64_t>(p.M, 1), .step_n = std::max<int64_t>(p.N, 1)};
     if (threads > 1) {
-      const double share = p.work() / work * threads;  // threads for this product
-      const int64_t wanted = std::max<int64_t>(
-          std::ceil(share), std::min<double>(kPartsPerThread * share, p.work() / kPart));
       const int64_t rows = ceil_div(p.M, table.gemm_tile_rows);
       const int64_t cols = std::max<int64_t>(1, ceil_div(p.N, table.gemm_tile_cols));
-      const bool by_rows = p.b.row == 1 || p.N < table.gemm_tile_cols;
-      int64_t parts_m = std::min(wanted, rows), parts_n = std::min(wanted, cols);
-      (by_rows ? parts_n : parts_m) = 1;
-      if (by_rows)
-        parts_n = std::min(cols, wanted / parts_m);
-      else
-        parts_m = std::min(rows, wanted / parts_n);
+      const double share = p.work() / work * threads;  // threads for this product
+      const int64_t least = std::max<int64_t>(1, std::llround(share));
+      const bool by_rows = p.b.row == 1 || p.N == 0;
+      const int64_t most =
+          std::min<int64_t>(kPartsPerThread * share, (by_rows ? rows : cols) / kPartTiles);
+      const int64_t wanted = std::max(least, most);
+      int64_t parts_m = 1, parts_n = 1;
+      if (by_rows) {
+        parts_m = std::min(wanted, rows);
+        parts_n = std::min(wanted / parts_m, cols);
+      } else {
+        parts_n = std::min(wanted, cols);
+        parts_m = std::min(wanted / parts_n, rows);
+      }
       g.step_m = ceil_div(p.M, parts_m);
       g.step_n = ceil_div(cols, parts_n) * table.gemm_tile_cols;
       g.parts_n = std::max<int64_t>(1, ceil_div(p.N, g.step_n));

@@ -40,8 +40,8 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
   }
   for (int64_t r = 0; r < rows; ++r)
     each_vector(0, cols, [&](int64_t s, int64_t lanes) {
-      const Vec z = finish(load(c + r * S + s, lanes), out, m + r, n + s, lanes, {true, true});
-      store(z, out.c + (m + r) * out.row + n + s, lanes);
+      Vec z = load(c + r * S + s, lanes);
+      finish<1>([&](int) -> Vec& { return z; }, out, m + r, n + s, lanes, {true, true});
     });
 }
 

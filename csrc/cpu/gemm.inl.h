@@ -22,16 +22,33 @@ struct View {
   int64_t row, col;
 };
 
-// The epilogue, on a vector of row m from column n.
-static inline Vec finish(Vec z, const GemmOutput& out, int64_t m, int64_t n, int64_t lanes,
-                         Step step) {
-  if (!step.first || out.accumulate) z = z + load(out.c + m * out.row + n, lanes);
-  if (step.last) {
-    if (out.row_bias) z = z + Vec::fill(out.row_bias[m]);
-    if (out.col_bias) z = z + load(out.col_bias + n, lanes);
-    if (out.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
+// The epilogue and the store, for R vectors z(r) of rows m + r from column n. A short sum is over
+// before many branches are, so they stand outside the loops.
+template <int R, class Z>
+__attribute__((always_inline)) static inline void finish(const Z& z, const GemmOutput& out,
+                                                         int64_t m, int64_t n, int64_t lanes,
+                                                         Step step) {
+  float* const c = out.c + m * out.row + n;
+  if (!step.first || out.accumulate)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = z(r) + load(c + r * out.row, lanes);
+  if (step.last && out.row_bias)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = z(r) + Vec::fill(out.row_bias[m + r]);
+  if (step.last && out.col_bias) {
+    const Vec bias = load(out.col_bias + n, lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = z(r) + bias;
   }
-  return z;
+  if (step.last && out.relu)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = max(Vec::zero(), z(r));  // this order keeps NaN and -0.0
+  if (lanes == Vec::kWidth)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row);
+  else
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row, lanes);
 }
 
 // One tile of C, R rows by V vectors of which `cols` columns exist.
@@ -43,32 +60,23 @@ static void gemm_tile(View a, View b, int64_t depth, const GemmOutput& out, int6
     tile.add_columns(a.p, a.col, b.p, b.col, depth);
   else
     tile.add_rows(a.p, a.row, b.p, b.col, depth);
-
-  // A short sum is over before many branches are: none where there is nothing to do.
-  const bool plain = step.first && !out.accumulate && !(out.row_bias || out.col_bias || out.relu);
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const int64_t n0 = n + v * Vec::kWidth, lanes = least(cols - v * Vec::kWidth, Vec::kWidth);
-    float* c = out.c + m * out.row + n0;
-    if (!plain)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) tile.c[r][v] = finish(tile.c[r][v], out, m + r, n0, lanes, step);
-    if (lanes == Vec::kWidth)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) tile.c[r][v].store(c + r * out.row);
-    else
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) tile.c[r][v].store(c + r * out.row, lanes);
-  }
+  for (int v = 0; v < V; ++v)
+    finish<R>([&](int r) -> Vec& { return tile.c[r][v]; }, out, m, n + v * Vec::kWidth,
+              least(cols - v * Vec::kWidth, Vec::kWidth), step);
 }
 
-// The tile for the rows that exist; a tile one vector wide where one is enough.
+// The tile for the rows that exist; one vector wide where that is enough, and wide for one or two
+// rows, which would wait for their own sums otherwise.
+constexpr int64_t kWideVecs = 8, kWideCols = kWideVecs * Vec::kWidth;
 template <int R = kTileRows>
 static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOutput& out, int64_t m,
                       int64_t n, int64_t cols, Step step) {
   if constexpr (R > 1)
     if (rows < R) return gemm_tile<R - 1>(rows, a, b, depth, out, m, n, cols, step);
-  if (cols > Vec::kWidth)
+  if (R <= 2 && cols == kWideCols)
+    gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
+  else if (cols > Vec::kWidth)
     gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
   else
     gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
@@ -159,13 +167,23 @@ static void gemm_part(const A& a, const B& b, int64_t K, const GemmOutput& out,
           for (int64_t i = 0; i < rows; i += tile_rows)
             sum_columns(a_view(i), least(rows - i, tile_rows), depth, out.row_sums + m + i,
                         !step.first || out.accumulate);
-        for (int64_t j = 0; j < cols; j += kTileCols) {
+        const auto tile = [&](int64_t i, int64_t j, int64_t most) {
           const View b_view =
               j < whole ? View{b_matrix->data + n + j + k * b_matrix->col, 1, b_matrix->col}
                         : View{b_block + (j - whole) * depth, 1, kTileCols};
+          gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
+                    least(cols - j, most), step);
+        };
+        // A short sum is mostly writing: then along the rows of C. Otherwise B's panel stays in L1.
+        if (depth * cols <= kDepth * kTileCols) {
           for (int64_t i = 0; i < rows; i += tile_rows)
-            gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
-                      least(cols - j, kTileCols), step);
+            for (int64_t j = 0; j < cols; j += kTileCols) tile(i, j, kTileCols);
+        } else {
+          int64_t j = 0;
+          if (tile_rows <= 2)
+            for (; j + kWideCols <= whole; j += kWideCols) tile(0, j, kWideCols);
+          for (; j < cols; j += kTileCols)
+            for (int64_t i = 0; i < rows; i += tile_rows) tile(i, j, kTileCols);
         }
       }
       k += depth;

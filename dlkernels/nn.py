@@ -4,11 +4,22 @@ Each is a subclass of PyTorch's, and only its forward differs; :func:`dlkernels.
 modules of a model into these.
 """
 
+from itertools import pairwise
+
 import torch
 
 from . import functional
 
-__all__ = ["Conv2d", "Conv2dReLU", "CrossEntropyLoss", "Linear", "LinearReLU", "MaxPool2d", "ReLU"]
+__all__ = [
+    "MLP",
+    "Conv2d",
+    "Conv2dReLU",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearReLU",
+    "MaxPool2d",
+    "ReLU",
+]
 
 
 class Linear(torch.nn.Linear):
@@ -23,6 +34,57 @@ class LinearReLU(Linear):
 
     def forward(self, input):
         return functional.linear_relu(input, self.weight, self.bias)
+
+
+class MLP(torch.nn.Sequential):
+    """Linear layers with a ReLU between every two, none after the last, in one pass.
+
+    Its children are those of ``Sequential(Linear(784, 256), ReLU(), Linear(256, 10))``, and so are
+    its initial values and the keys of its state_dict. While it has all of them, without hooks, it
+    runs :func:`dlkernels.functional.mlp` and does not call them.
+
+    Args:
+        sizes: features of the input, of each hidden layer and of the output: ``[784, 256, 10]``
+        bias, device, dtype: of every :class:`Linear`
+
+    Raises:
+        ValueError: for fewer than two sizes.
+    """
+
+    def __init__(self, sizes, bias=True, device=None, dtype=None):
+        sizes = list(sizes)
+        if len(sizes) < 2:
+            raise ValueError(f"MLP: sizes must be two or more numbers, got {sizes}")
+        layers = []
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            layers += [ReLU()] if i else []
+            layers.append(Linear(before, after, bias=bias, device=device, dtype=dtype))
+        super().__init__(*layers)
+
+    def forward(self, input):
+        children = list(self._modules.values())
+        linears = children[::2]
+        if not (
+            len(children) % 2
+            and all(_is_bare(m, Linear) for m in linears)
+            and all(_is_bare(m, ReLU) for m in children[1::2])
+        ):
+            return super().forward(input)
+        biases = [m.bias for m in linears if m.bias is not None]
+        if biases and len(biases) < len(linears):
+            return super().forward(input)
+        return functional.mlp(input, [m.weight for m in linears], biases)
+
+
+def _is_bare(m, cls):
+    """Whether a module computes what its class says, and nobody watches it."""
+    return type(m) is cls and not (
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+    )
 
 
 class ReLU(torch.nn.ReLU):

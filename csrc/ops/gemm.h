@@ -1,4 +1,4 @@
-// Matrix products on all threads: what linear, linear_relu and mlp share.
+// Matrix products on all threads.
 #pragma once
 #include "common.h"
 
@@ -6,9 +6,9 @@ namespace dlkernels {
 
 // C (M, N) = A (M, K) * B (N, K)^T with an epilogue.
 struct Product {
-  cpu::Matrix a, b;
-  int64_t M, N, K;
-  cpu::GemmOutput out;
+  cpu::Matrix a = {}, b = {};
+  int64_t M = 0, N = 0, K = 0;
+  cpu::GemmOutput out = {};
 
   // Packing an operand costs about 12 cycles a row of 16 numbers and is shared by the rows of the
   // other one; sums across lanes cost about 5 cycles an element of C. Fewer than 16 columns, which
@@ -92,15 +92,5 @@ inline void multiply(std::initializer_list<Product> products) {
   else
     run(0, parts);
 }
-
-// (..., K) as rows of K, by its strides where those allow; `copy` holds what had to be copied.
-inline cpu::Matrix as_rows(const Tensor& x, Tensor& copy) {
-  const int64_t dim = x.dim();
-  if (dim == 1) return {x.const_data_ptr<float>(), 0, x.stride(0)};
-  if (dim == 2) return {x.const_data_ptr<float>(), x.stride(0), x.stride(1)};
-  copy = x.flatten(0, -2);
-  return {copy.const_data_ptr<float>(), copy.stride(0), copy.stride(1)};
-}
-inline cpu::Matrix transposed(const cpu::Matrix& x) { return {x.data, x.col, x.row, x.relu_y}; }
 
 }  // namespace dlkernels

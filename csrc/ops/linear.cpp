@@ -8,7 +8,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "gemm.h"
+#include "linear.h"
 
 namespace dlkernels {
 
@@ -30,7 +30,6 @@ OpStats linear_stats("linear"), linear_relu_stats("linear_relu"),
 template <bool kRelu>
 constexpr const char* kName = kRelu ? "linear_relu" : "linear";
 
-using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Linear = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
 using LinearBackward = Grads(const Tensor& grad_y, const optional<Tensor>& input,
                              const optional<Tensor>& weight, const optional<Tensor>& y,
@@ -109,19 +108,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
   Tensor y = linear_meta<kRelu>(input, weight, bias);
-  if (y.numel() == 0) return y;
-  const Tensor b = bias ? bias->contiguous() : Tensor();
-  const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor copy;
-  multiply({{.a = as_rows(input, copy),
-             .b = as_rows(weight, copy),
-             .M = y.numel() / N,
-             .N = N,
-             .K = K,
-             .out = {.c = y.mutable_data_ptr<float>(),
-                     .row = N,
-                     .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
-                     .relu = kRelu}}});
+  linear_into(y, input, weight, bias ? *bias : Tensor(), kRelu);
   return y;
 }
 
@@ -130,40 +117,9 @@ Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
                           std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
-  const int64_t N = grad_y.size(-1);
-  if (N == 0) {  // no sum has a term
-    if (grad_x.defined()) grad_x.zero_();
-    return {grad_x, grad_weight, grad_bias};
-  }
-  // The mask y > 0 is read together with grad_y, so the two must lie alike.
-  Tensor g_copy, x_copy;
-  const Tensor yc = y ? y->contiguous() : Tensor(), gy = y ? grad_y.contiguous() : grad_y;
-  cpu::Matrix g = as_rows(gy, g_copy);
-  if (y) g.relu_y = yc.const_data_ptr<float>();
-  const int64_t M = grad_y.numel() / N;
-
-  Product for_x = {.M = M, .N = 0, .K = N, .out = {}},
-          for_weight = {.M = N, .N = 0, .K = M, .out = {}};
-  if (mask[0]) {
-    for_x.a = g, for_x.b = transposed(as_rows(*weight, x_copy));
-    for_x.out.c = grad_x.mutable_data_ptr<float>();
-    for_x.N = for_x.out.row = weight->size(1);
-  }
-  if (mask[1]) {
-    for_weight.b = transposed(as_rows(*input, x_copy));
-    for_weight.out.c = grad_weight.mutable_data_ptr<float>();
-    for_weight.N = for_weight.out.row = input->size(-1);
-  }
-  for_weight.a = transposed(g);
-  // The bias gradient is the row sums of the same packed operand.
-  if (mask[2]) for_weight.out.row_sums = grad_bias.mutable_data_ptr<float>();
-  const bool weight_or_bias = mask[1] || mask[2];
-  if (mask[0] && weight_or_bias)
-    multiply({for_x, for_weight});
-  else if (mask[0])
-    multiply({for_x});
-  else if (weight_or_bias)
-    multiply({for_weight});
+  const auto some = [](const optional<Tensor>& x) { return x ? *x : Tensor(); };
+  linear_backward_into({grad_x, grad_weight, grad_bias}, grad_y, some(input), some(weight),
+                       some(y));
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -173,12 +129,18 @@ Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
 Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
 
 template <bool kRelu>
+Tensor linear_below_autograd(const Tensor& input, const Tensor& weight,
+                             const optional<Tensor>& bias) {
+  static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(input, weight, bias);
+}
+
+template <bool kRelu>
 struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias) {
-    static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y = op.call(input, weight, bias);
+    const Tensor y = linear_below_autograd<kRelu>(input, weight, bias);
     // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
     ctx->save_for_backward({weight.requires_grad() ? input : Tensor(),
                             input.requires_grad() ? weight : Tensor(), kRelu ? y : Tensor()});
@@ -209,6 +171,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
 template <bool kRelu>
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
+  // A node that records nothing would still cost a third of a small call.
+  const Tensor none;
+  if (!any_requires_grad({&input, &weight, bias ? &*bias : &none}))
+    return linear_below_autograd<kRelu>(input, weight, bias);
   return LinearFunction<kRelu>::apply(input, weight, bias);
 }
 

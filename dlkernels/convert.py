@@ -23,6 +23,7 @@ _OURS = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _WITH_RELU = {nn.Linear: nn.LinearReLU, nn.Conv2d: nn.Conv2dReLU}
 _WITHOUT_RELU = {fused: plain for plain, fused in _WITH_RELU.items()}
+_SEQUENTIALS = (torch.nn.Sequential, nn.Sequential)
 _RELUS = (torch.nn.ReLU, nn.ReLU, nn.FusedReLU)
 
 
@@ -76,6 +77,9 @@ def convert(model, *, fuse=True):
     called on the whole model again. Where a model's own code takes out the values in between,
     say ``fuse=False``.
 
+    Where linear layers remain with only ReLUs in between, the ``nn.Sequential`` becomes a
+    :class:`dlkernels.nn.Sequential`, which runs them as one op while none of them has a hook.
+
     Args:
         model: any module; convert the whole model, because only there can it be seen that a
             module is used twice. Converting again converts what was added.
@@ -125,6 +129,8 @@ def revert(model):
     for m in model.modules():
         if type(m) in _TORCHS:
             becomes[m] = _TORCHS[type(m)]
+        elif type(m) is nn.Sequential:
+            becomes[m] = torch.nn.Sequential
         elif type(m) is nn.FusedReLU:
             left[m] = "the module that applies it is not in this part: revert the nn.Sequential"
         elif type(m) in _WITHOUT_RELU:
@@ -166,7 +172,7 @@ def _plan_fusing(model, fuse, becomes, left):
             continue
         together = (
             fuse
-            and type(sequential) is torch.nn.Sequential
+            and type(sequential) in _SEQUENTIALS
             and "forward" not in {**sequential.__dict__, **relu.__dict__}
             and uses[id(first)] == uses[id(relu)] == 1
             and not _has_hooks(first)
@@ -181,6 +187,20 @@ def _plan_fusing(model, fuse, becomes, left):
             left.pop(relu, None)
         elif type(relu) is nn.FusedReLU and not is_fused:  # the first one was replaced
             becomes[relu] = _own_relu(relu)
+    for sequential in model.modules():
+        if type(sequential) in _SEQUENTIALS:
+            stacks = fuse and _has_stack(sequential, becomes)
+            becomes[sequential] = nn.Sequential if stacks else torch.nn.Sequential
+
+
+def _has_stack(sequential, becomes):
+    """Whether linear layers with a ReLU in between stand in a Sequential."""
+    modules = list(sequential._modules.values())
+
+    def kind(m):
+        return becomes.get(m, type(m))
+
+    return any(len(nn.find_mlp(modules, i, kind)[0]) > 1 for i in range(len(modules)))
 
 
 def _has_hooks(m):

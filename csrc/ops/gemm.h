@@ -31,11 +31,12 @@ struct Product {
   }
 };
 
-// Computes them in one parallel region. C is cut where nothing is packed twice: along N where B has
-// to be packed, else along M; into a few parts a thread, for one that is held up.
+// Computes them in one parallel region, each in a few parts a thread, for one that is held up. C is
+// cut where nothing is packed twice: along N where B has to be packed, else along M. Short sums are
+// mostly writing, and a thread that writes whole rows took a third of the time.
 inline void multiply(std::initializer_list<Product> products) {
   constexpr double kFork = 2e6;  // multiply-adds: about 12 us
-  constexpr int64_t kPartsPerThread = 4, kPartTiles = 4;
+  constexpr int64_t kPartsPerThread = 4, kPartTiles = 4, kShort = 64;
   double work = 0;
   for (const Product& p : products) work += p.work();
   const bool fork = work >= kFork && !at::in_parallel_region();
@@ -55,7 +56,7 @@ inline void multiply(std::initializer_list<Product> products) {
       const int64_t cols = std::max<int64_t>(1, ceil_div(p.N, table.gemm_tile_cols));
       const double share = p.work() / work * threads;  // threads for this product
       const int64_t least = std::max<int64_t>(1, std::llround(share));
-      const bool by_rows = p.b.row == 1 || p.N == 0;
+      const bool by_rows = p.b.row == 1 || p.K <= kShort;
       const int64_t most =
           std::min<int64_t>(kPartsPerThread * share, (by_rows ? rows : cols) / kPartTiles);
       const int64_t wanted = std::max(least, most);

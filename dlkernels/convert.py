@@ -23,6 +23,7 @@ _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _WITH_RELU = {nn.Linear: nn.LinearReLU, nn.Conv2d: nn.Conv2dReLU}
 _WITHOUT_RELU = {fused: plain for plain, fused in _WITH_RELU.items()}
 _WITHOUT_RELU[nn.Conv2dReLUMaxPool2d] = nn.Conv2d
+_SEQUENTIALS = (torch.nn.Sequential, nn.Sequential)
 _RELUS = (torch.nn.ReLU, nn.ReLU, nn.FusedReLU)
 _POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d, nn.FusedMaxPool2d)
 _PLACES = (nn.FusedReLU, nn.FusedMaxPool2d)
@@ -72,12 +73,15 @@ def convert(model, *, fuse=True):
 
     In an ``nn.Sequential``, a Linear or Conv2d and the ReLU after it become one pass: the first
     applies the ReLU, and the second, a ``FusedReLU``, keeps its place; and so does a
-    ``FusedMaxPool2d`` after a Conv2d and its ReLU, if its windows are 2x2 side by side. The values in
-    between then no longer exist. So neighbours with a hook on one of them, or used in a second
+    ``FusedMaxPool2d`` after a Conv2d and its ReLU, if its windows are 2x2 side by side. The values
+    in between then no longer exist. So neighbours with a hook on one of them, or used in a second
     place, are not fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after
     the last of them, and putting another module in the first one's place loses what it applied,
     until convert or revert is called on the whole model again. Where a model's own code takes out
     the values in between, say ``fuse=False``.
+
+    Where linear layers remain with only ReLUs in between, the ``nn.Sequential`` becomes a
+    :class:`dlkernels.nn.Sequential`, which runs them as one op while none of them has a hook.
 
     Args:
         model: any module; convert the whole model, because only there can it be seen that a
@@ -129,6 +133,8 @@ def revert(model):
     for m in model.modules():
         if type(m) in _TORCHS:
             becomes[m] = _TORCHS[type(m)]
+        elif type(m) is nn.Sequential:
+            becomes[m] = torch.nn.Sequential
         elif type(m) in _PLACES:
             left[m] = "the module that applies it is not in this part: revert the nn.Sequential"
         elif type(m) in _WITHOUT_RELU:
@@ -183,7 +189,7 @@ def _plan_fusing(model, fuse, becomes, left):
             continue
         together = (
             fuse
-            and type(sequential) is torch.nn.Sequential
+            and type(sequential) in _SEQUENTIALS
             and "forward" not in sequential.__dict__
             and alone(first)
             and alone(relu)
@@ -205,7 +211,21 @@ def _plan_fusing(model, fuse, becomes, left):
             becomes[relu] = _own_relu(relu)
         if type(pool) is nn.FusedMaxPool2d and first not in pools:
             becomes[pool] = nn.MaxPool2d
+    for sequential in model.modules():
+        if type(sequential) in _SEQUENTIALS:
+            stacks = fuse and _has_stack(sequential, becomes)
+            becomes[sequential] = nn.Sequential if stacks else torch.nn.Sequential
     return pools
+
+
+def _has_stack(sequential, becomes):
+    """Whether linear layers with a ReLU in between stand in a Sequential."""
+    modules = list(sequential._modules.values())
+
+    def kind(m):
+        return becomes.get(m, type(m))
+
+    return any(len(nn.find_mlp(modules, i, kind)[0]) > 1 for i in range(len(modules)))
 
 
 def _is_one_op(pool):

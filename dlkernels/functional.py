@@ -81,6 +81,40 @@ def linear_relu(input, weight, bias=None):
     return _torch("linear_relu", _linear_relu_torch, input, weight, bias)
 
 
+def mlp(input, weights, biases=None):
+    """Linear layers with a ReLU between every two, none after the last, as one op and one node of
+    the graph: the same values as :func:`linear_relu` on each but the last and :func:`linear` on it.
+
+    Args:
+        input: (..., K)
+        weights: a list of matrices (N1, K), (N2, N1), ...: at least one
+        biases: a list of vectors (N1), (N2), ...: one a weight; or None
+
+    Returns:
+        (..., N) of the last weight
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not go together, no weights, or not as
+            many biases.
+        TypeError: where an argument is no tensor or list of tensors.
+    """
+    biases = [] if biases is None else biases
+    if _ours(input, *weights, *biases):
+        return _ops.mlp.default(input, weights, biases)
+    return _torch("mlp", _mlp_torch, input, weights, biases)
+
+
+def _mlp_torch(input, weights, biases):
+    if not weights or len(biases) not in (0, len(weights)):
+        raise RuntimeError(
+            f"mlp: there must be weights, and no biases or one a weight, got {len(weights)} weights"
+            f" and {len(biases)} biases"
+        )
+    for i, weight in enumerate(weights):
+        input = F.linear(F.relu(input) if i else input, weight, biases[i] if biases else None)
+    return input
+
+
 def _linear_relu_torch(input, weight, bias=None):
     return F.relu(F.linear(input, weight, bias))
 

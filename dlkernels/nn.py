@@ -4,11 +4,16 @@ Each is a subclass of PyTorch's, and only its forward differs; :func:`dlkernels.
 modules of a model into these.
 """
 
+from collections import OrderedDict
+from itertools import pairwise
+
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 
 __all__ = [
+    "MLP",
     "Conv2d",
     "Conv2dReLU",
     "Conv2dReLUMaxPool2d",
@@ -17,6 +22,7 @@ __all__ = [
     "LinearReLU",
     "MaxPool2d",
     "ReLU",
+    "Sequential",
 ]
 
 
@@ -32,6 +38,85 @@ class LinearReLU(Linear):
 
     def forward(self, input):
         return functional.linear_relu(input, self.weight, self.bias)
+
+
+class Sequential(torch.nn.Sequential):
+    """Runs linear layers and the ReLUs between them as one op; convert() puts it in the place of a
+    :class:`torch.nn.Sequential` that holds such. Modules with hooks are called as ever.
+    """
+
+    def forward(self, input):
+        modules, i = list(self._modules.values()), 0
+        while i < len(modules):
+            linears, end = find_mlp(modules, i)
+            if len(linears) > 1:
+                biases = [m.bias for m in linears if m.bias is not None]
+                input, i = functional.mlp(input, [m.weight for m in linears], biases), end
+            else:
+                input, i = modules[i](input), i + 1
+        return input
+
+
+class MLP(Sequential):
+    """Linear layers with a ReLU between every two, none after the last, in one pass.
+
+    Its children are those of ``Sequential(Linear(784, 256), ReLU(), Linear(256, 10))``, and so are
+    its initial values and the keys of its state_dict.
+
+    Args:
+        sizes: features of the input, of each hidden layer and of the output: ``[784, 256, 10]``
+        bias, device, dtype: of every :class:`Linear`
+
+    Raises:
+        ValueError: for fewer than two sizes.
+    """
+
+    def __init__(self, sizes, bias=True, device=None, dtype=None):
+        sizes = list(sizes)
+        if len(sizes) < 2:
+            raise ValueError(f"MLP: sizes must be two or more numbers, got {sizes}")
+        layers = []
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            layers += [ReLU()] if i else []
+            layers.append(Linear(before, after, bias=bias, device=device, dtype=dtype))
+        super().__init__(*layers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):  # torch's would construct another MLP from them
+            return Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+def find_mlp(modules, begin, kind=type):
+    """The linear layers of the longest stack, with ReLUs in between, from modules[begin] on, and
+    where it ends. kind(module) is its class.
+    """
+    linears, biases, i, count, end = [], None, begin, 0, begin
+    while i < len(modules) and kind(modules[i]) in (Linear, LinearReLU):
+        m = modules[i]
+        if not _is_bare(m) or biases not in (None, m.bias is not None):
+            break
+        biases = m.bias is not None  # all of them or none
+        linears.append(m)
+        if kind(m) is Linear:  # a stack ends without a ReLU
+            count, end = len(linears), i + 1
+        relu = modules[i + 1] if i + 1 < len(modules) else None
+        if kind(relu) is not (ReLU if kind(m) is Linear else FusedReLU) or not _is_bare(relu):
+            break
+        i += 2
+    return linears[:count], end
+
+
+def _is_bare(m):
+    """Whether nobody watches a module or has replaced what it does."""
+    return not (
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        or _has_any_global_hook()
+    )
 
 
 class ReLU(torch.nn.ReLU):

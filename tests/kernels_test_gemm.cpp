@@ -1,27 +1,29 @@
 #include "kernels_test.h"
 
+#include <utility>
+
 using namespace dlkernels;
 using namespace dlkernels::test;
 
-// One product, all parts of it, against a double-precision loop.
-static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, bool a_t, bool b_t) {
-  Buffer<float> a(M * K, 1), mask(M * K, 2), b(N * K, 3), c(M * N, 4), before(M * N, 4);
-  Buffer<float> row_bias(M, 5), col_bias(N, 6), sums(M, 7), sums_before(M, 7);
-  Buffer<float> memory(t.gemm_scratch);
-  float* scratch = memory.data();
+// One product in three parts against a double-precision loop. Bits of `options`: A lies
+// transposed, B lies transposed, A is masked, biases and ReLU, accumulate, row sums.
+static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int options,
+                   float* scratch) {
+  const bool a_t = options & 1, b_t = options & 2, masked = options & 4, act = options & 8;
+  const bool accumulate = options & 16, sums_wanted = options & 32;
+  Buffer<float> a(M * K, 1), mask(masked ? M * K : 0, 2), b(N * K, 3), c(M * N, 4);
+  Buffer<float> row_bias(M, 5), col_bias(N, 6), sums(M, 7);
+  std::vector<float> before(c.data(), c.data() + M * N);
+  std::vector<float> sums_before(sums.data(), sums.data() + M);
+  const cpu::Matrix A = {a.data(), a_t ? 1 : K, a_t ? M : 1, masked ? mask.data() : nullptr};
+  const cpu::Matrix B = {b.data(), b_t ? 1 : K, b_t ? N : 1};
+  cpu::GemmOutput out = {.c = c.data(), .row = N, .relu = act, .accumulate = accumulate};
+  if (act) out.row_bias = row_bias.data(), out.col_bias = col_bias.data();
+  if (sums_wanted) out.row_sums = sums.data();
+
   int wrong = 0;
-  for (int options = 0; options < 8; ++options) {
-    const bool masked = options & 1, relu = options & 2, accumulate = options & 4;
-    const cpu::Matrix A = {a.data(), a_t ? 1 : K, a_t ? M : 1, masked ? mask.data() : nullptr};
-    const cpu::Matrix B = {b.data(), b_t ? 1 : K, b_t ? N : 1, nullptr};
-    for (int64_t i = 0; i < M * N; ++i) c[i] = before[i];
-    for (int64_t i = 0; i < M; ++i) sums[i] = sums_before[i];
-    cpu::GemmOutput out = {.c = c.data(), .row = N};
-    if (relu) out.row_bias = row_bias.data(), out.col_bias = col_bias.data();
-    out.relu = relu, out.accumulate = accumulate, out.row_sums = sums.data();
-    const int64_t m = M / 2 / t.gemm_tile_rows * t.gemm_tile_rows;  // two parts
-    t.gemm(A, B, K, out, {0, m, 0, N}, scratch);
-    t.gemm(A, B, K, out, {m, M, 0, N}, scratch);
+  const auto check = [&](const char* name) {
+    const double tolerance = 1.2e-7 * (K + 4);
     for (int64_t i = 0; i < M; ++i) {
       const auto at = [&](int64_t k) {
         const int64_t j = i * A.row + k * A.col;
@@ -29,27 +31,75 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, bool 
       };
       double row = accumulate ? sums_before[i] : 0;
       for (int64_t k = 0; k < K; ++k) row += at(k);
-      wrong += !close(sums[i], row, 1e-6 * (K + 4));
+      if (!sums_wanted) row = sums_before[i];
+      wrong += !close(sums[i], row, tolerance);
       for (int64_t j = 0; j < N; ++j) {
         double z = accumulate ? before[i * N + j] : 0;
         for (int64_t k = 0; k < K; ++k) z += at(k) * b[j * B.row + k * B.col];
-        if (relu) z = std::fmax(0, z + row_bias[i] + col_bias[j]);
-        wrong += !close(c[i * N + j], z, 1e-6 * (K + 4));
+        if (act) z = std::fmax(0, z + row_bias[i] + col_bias[j]);
+        wrong += !close(c[i * N + j], z, tolerance);
       }
     }
-  }
-  if (wrong)
-    std::printf("M=%ld N=%ld K=%ld %d%d: %d\n", long(M), long(N), long(K), a_t, b_t, wrong);
+    if (wrong)
+      std::printf("%s M=%ld N=%ld K=%ld %d: %d\n", name, long(M), long(N), long(K), options, wrong);
+  };
+
+  const auto in_parts = [&](const auto& run) {
+    const int64_t m = M / 2, n = (N + 2) / 3;  // parts may begin anywhere
+    run({0, m, 0, N});
+    run({m, M, 0, n});
+    if (n < N) run({m, M, n, N});
+  };
+  in_parts([&](const cpu::GemmPart& part) { t.gemm(A, B, K, out, part, scratch); });
+  check("gemm");
+  if (a_t || b_t || masked || sums_wanted) return wrong;
+  for (int64_t i = 0; i < M * N; ++i) c[i] = before[i];
+  in_parts([&](const cpu::GemmPart& part) { t.gemm_dot(A, B, K, out, part); });
+  check("gemm_dot");
   return wrong;
 }
 
 static int gemm(const cpu::Kernels& t) {
-  int wrong = 0;
-  for (int64_t M : {0, 1, 5, 6, 7, 13, 14, 15, 29})
-    for (int64_t N : {0, 1, 4, 9, 15, 16, 17, 31, 33, 67})
-      for (int64_t K : {0, 1, 3, 16, 17, 67})
-        wrong += product(t, M, N, K, (M + K) % 2, (N + K) % 2) != 0;
-  for (const bool a_t : {false, true}) wrong += product(t, 180, 530, 300, a_t, !a_t) != 0;
+  Buffer<float> scratch(t.gemm_scratch);
+  int wrong = 0, options = 0;
+  const auto test = [&](int64_t M, int64_t N, int64_t K, int options) {
+    wrong += product(t, M, N, K, options, scratch.data()) != 0;
+  };
+  // Every M and N with some K, every K with some M and N, all of them nothing once. The steps visit
+  // all options.
+  for (int64_t M = 0; M <= 67; ++M)
+    for (int64_t N = 0; N <= 67; ++N) test(M, N, 1 + (M + N) % 19, (options += 37) % 64);
+  for (const auto& [M, N] : {std::pair(1, 9), {9, 1}, {14, 32}, {15, 33}, {13, 10}, {29, 67}})
+    for (int64_t K = 0; K <= 67; ++K)
+      for (int i = 0; i < 8; ++i) test(M, N, K, (options += 37) % 64);
+  // Blocks: deep, high, wide; rows of B that fall into the same sets of a cache.
+  for (int i = 0; i < 8; ++i) {
+    test(30, 40, 1100, i + 8 * (i % 4)), test(370, 40, 18, i + 8 * (i % 4));
+    test(20, 1100, 18, i + 8 * (i % 4)), test(60, 4096, 2, i + 8 * (i % 4));
+  }
   return wrong;
 }
 static const Test gemm_test("gemm", gemm);
+
+// NaN and infinity reach the rows they stand in and no others.
+static int gemm_special(const cpu::Kernels& t) {
+  constexpr int64_t M = 20, N = 37, K = 24;
+  Buffer<float> a(M * K), b(N * K), c(M * N), scratch(t.gemm_scratch);
+  int wrong = 0;
+  for (const bool dot : {false, true})
+    for (const float special : {NAN, INFINITY, -0.0f}) {
+      a.fill(special == 0 ? -0.0f : 1), b.fill(special == 0 ? 1 : 2), c.fill(5);
+      if (special != 0) a[3 * K + 7] = special;
+      const cpu::GemmOutput out = {.c = c.data(), .row = N, .relu = true};
+      if (dot)
+        t.gemm_dot({a.data(), K, 1}, {b.data(), K, 1}, K, out, {0, M, 0, N});
+      else
+        t.gemm({a.data(), K, 1}, {b.data(), K, 1}, K, out, {0, M, 0, N}, scratch.data());
+      for (int64_t i = 0; i < M * N; ++i) {
+        const float expected = special == 0 ? 0 : i / N == 3 ? special : 2 * K;
+        wrong += !close(c[i], expected, 0);
+      }
+    }
+  return wrong;
+}
+static const Test gemm_special_test("gemm special values", gemm_special);

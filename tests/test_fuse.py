@@ -93,7 +93,13 @@ def test_fuse_false_takes_apart():
     model, x = mlp(), images()
     expected = model(x)
     dlkernels.convert(model)
-    assert [c.name for c in dlkernels.convert(model, fuse=False).changed] == ["1", "2", "3", "4"]
+    assert [c.name for c in dlkernels.convert(model, fuse=False).changed] == [
+        "",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     assert [type(m) for m in model][1:5] == [ours.Linear, ours.ReLU, ours.Linear, nn.ReLU]
     torch.testing.assert_close(model(x), expected)
     assert not dlkernels.convert(model, fuse=False)
@@ -134,3 +140,33 @@ def test_revert_of_a_part():
     assert len(dlkernels.revert(model[2:])) == 2 and len(dlkernels.revert(model)) == 1
     assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
     assert torch.equal(model(x), expected)
+
+
+def test_a_stack_of_linear_layers_is_one_op():
+    x = torch.randn(3, 4, requires_grad=True)
+    for layers in ([0, 1, 0], [2, 0, 1, 0, 1, 0, 2], [0, 1, 0, 0, 1, 0]):
+        make = [lambda: nn.Linear(4, 4), nn.ReLU, nn.Tanh]
+        model = nn.Sequential(*[make[i]() for i in layers])
+        expected = model(x)
+        dlkernels.convert(model)
+        assert type(model) is ours.Sequential and type(model[1:]) is ours.Sequential
+        dlkernels.reset_stats()
+        torch.testing.assert_close(model(x), expected)
+        assert dlkernels.stats()["mlp"]["kernel"] >= 1
+        seen = []
+        for m in model:
+            m.register_forward_hook(lambda m, args, y, seen=seen: seen.append(m))
+        torch.testing.assert_close(model(x), expected)
+        assert seen == list(model)
+        dlkernels.convert(model)  # with the hooks there is nothing to put together
+        assert type(model) is nn.Sequential
+        torch.testing.assert_close(model(x), expected)
+    for layers in (1, 2):
+        ends_with_relu = nn.Sequential(*[m for _ in range(layers) for m in (make[0](), make[1]())])
+        dlkernels.convert(ends_with_relu)
+        assert type(ends_with_relu) is nn.Sequential
+    mixed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    expected = mixed(x)
+    dlkernels.convert(mixed)
+    assert type(mixed) is nn.Sequential
+    torch.testing.assert_close(mixed(x), expected)

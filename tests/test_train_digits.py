@@ -107,8 +107,8 @@ runpy.run_path(script, run_name="__main__")
 print(json.dumps(dlkernels.stats()))
 """
 OPS = {
-    "mlp": {"linear_relu", "linear", "cross_entropy", "adam_"},
-    "cnn": {"conv2d_relu_max_pool2d", "linear_relu", "linear", "cross_entropy", "adam_"},
+    "mlp": {"mlp", "cross_entropy", "adam_"},
+    "cnn": {"conv2d_relu_max_pool2d", "mlp", "cross_entropy", "adam_"},
 }
 
 

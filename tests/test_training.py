@@ -24,9 +24,8 @@ def cnn():
 
 
 KERNELS = {
-    mlp: {"linear", "linear_relu", "linear_backward"},
-    cnn: {"linear", "linear_relu", "linear_backward"}
-    | {"conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"},
+    mlp: {"mlp", "mlp_backward"},
+    cnn: {"mlp", "mlp_backward", "conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"},
 }
 
 

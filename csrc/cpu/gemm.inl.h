@@ -1,122 +1,194 @@
-// The one GEMM: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias), for any two operands that can pack
-// themselves into panels (pack.inl.h), from packed panels in cache to a tile in registers. The
-// sum over k runs in blocks of kDepth, each in order, whatever the part: same bits always.
+// The one GEMM: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias), tile by tile in registers. Tiles
+// read an operand where it lies if its rows or (A) its columns run along memory, and B's rows side
+// by side; what lies otherwise or is masked is packed into panels (pack.inl.h) first. The sum over
+// k runs in blocks of the same depth, each in order, whatever the part: same bits always.
 
 constexpr int64_t kTileCols = kTileVecs * Vec::kWidth;
-constexpr int64_t kDepth = 256;                 // a panel of B (kTileCols wide) stays in L1
+constexpr int64_t kDepth = 512;                 // at most: a longer sum makes fewer passes over C
 constexpr int64_t kBlockRows = 12 * kTileRows;  // a block of A and a block of B share L2
 constexpr int64_t kBlockCols = 16 * kTileCols;
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Which part of a tile's sum this is.
 struct Step {
   bool first, last;
 };
 
-// One tile of C, R rows by V vectors of which `cols` columns exist: A's panel broadcast against
-// B's, then the epilogue.
-template <int R, int V>
-static void gemm_tile(const float* a, const float* b, int64_t depth, const GemmOutput& out,
-                      int64_t m, int64_t n, int64_t cols, Step step) {
-  Vec acc[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec::zero();
+// Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
+struct View {
+  const float* p;
+  int64_t row, col;
+};
 
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileCols) {
-    Vec bk[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) bk[v] = Vec::load(b + v * Vec::kWidth);
+// The epilogue and the store, for R vectors z(r) of rows m + r from column n. A short sum is over
+// before many branches are, so they stand outside the loops.
+template <int R, class Z>
+__attribute__((always_inline)) static inline void finish(const Z& z, const GemmOutput& out,
+                                                         int64_t m, int64_t n, int64_t lanes,
+                                                         Step step) {
+  float* const c = out.c + m * out.row + n;
+  if (!step.first || out.accumulate)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec ak = Vec::fill(a[r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(ak, bk[v], acc[r][v]);
-    }
-  }
-
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
-    const int64_t n0 = n + v * Vec::kWidth, lanes = least(cols - v * Vec::kWidth, Vec::kWidth);
-    Vec col_bias = Vec::zero();
-    if (step.last && out.col_bias) col_bias = Vec::load(out.col_bias + n0, lanes);
+    for (int r = 0; r < R; ++r) z(r) = z(r) + load(c + r * out.row, lanes);
+  if (step.last && out.row_bias)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      float* c = out.c + (m + r) * out.row + n0;
-      Vec z = acc[r][v];
-      if (!step.first || out.accumulate) z = z + load(c, lanes);
-      if (step.last) {
-        if (out.row_bias) z = z + Vec::fill(out.row_bias[m + r]);
-        z = z + col_bias;
-        if (out.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
-      }
-      store(z, c, lanes);
-    }
+    for (int r = 0; r < R; ++r) z(r) = z(r) + Vec::fill(out.row_bias[m + r]);
+  if (step.last && out.col_bias) {
+    const Vec bias = load(out.col_bias + n, lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = z(r) + bias;
   }
+  if (step.last && out.relu)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r) = max(Vec::zero(), z(r));  // this order keeps NaN and -0.0
+  if (lanes == Vec::kWidth)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row);
+  else
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row, lanes);
 }
 
-// The tile for the rows that exist; a tile one vector wide where one is enough.
+// One tile of C, R rows by V vectors of which `cols` columns exist.
+template <int R, int V>
+static void gemm_tile(View a, View b, int64_t depth, const GemmOutput& out, int64_t m, int64_t n,
+                      int64_t cols, Step step) {
+  Tile<R, V> tile;
+  if (a.row == 1)
+    tile.add_columns(a.p, a.col, b.p, b.col, depth);
+  else
+    tile.add_rows(a.p, a.row, b.p, b.col, depth);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+    finish<R>([&](int r) -> Vec& { return tile.c[r][v]; }, out, m, n + v * Vec::kWidth,
+              least(cols - v * Vec::kWidth, Vec::kWidth), step);
+}
+
+// The tile for the rows that exist; one vector wide where that is enough, and wide for one or two
+// rows, which would wait for their own sums otherwise.
+constexpr int64_t kWideVecs = 8, kWideCols = kWideVecs * Vec::kWidth;
 template <int R = kTileRows>
-static void gemm_tile(int64_t rows, const float* a, const float* b, int64_t depth,
-                      const GemmOutput& out, int64_t m, int64_t n, int64_t cols, Step step) {
+static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOutput& out, int64_t m,
+                      int64_t n, int64_t cols, Step step) {
   if constexpr (R > 1)
     if (rows < R) return gemm_tile<R - 1>(rows, a, b, depth, out, m, n, cols, step);
-  if (cols > Vec::kWidth)
+  if (R <= 2 && cols == kWideCols)
+    gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
+  else if (cols > Vec::kWidth)
     gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
   else
     gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
 }
 static_assert(kTileVecs == 2);
 
-// row_sums[m] from A's packed panel, which is still in cache: sums of 16 first, for their error.
-static void sum_panel(const float* panel, int64_t rows, int64_t depth, float* sums, bool add) {
+// row_sums[m] from a tile's rows, which lie side by side in cache: sums of 16 first, for their
+// error.
+static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool add) {
   for (int64_t i = 0; i < rows; i += Vec::kWidth) {
     const int64_t lanes = least(rows - i, Vec::kWidth);
     Vec total = Vec::zero();
     for (int64_t k = 0; k < depth;) {
       Vec part = Vec::zero();
       for (const int64_t end = least(depth, k + 16); k < end; ++k)
-        part = part + Vec::load(panel + k * kTileRows + i, lanes);
+        part = part + load(a.p + k * a.col + i, lanes);
       total = total + part;
     }
-    if (add) total = total + Vec::load(sums + i, lanes);
-    total.store(sums + i, lanes);
+    if (add) total = total + load(sums + i, lanes);
+    store(total, sums + i, lanes);
+  }
+}
+
+// Where an operand lies, unless it has to be packed.
+template <class T>
+static const Matrix* in_place(const T&) {
+  return nullptr;
+}
+static const Matrix* in_place(const MatrixRows& rows) { return rows.m.relu_y ? nullptr : &rows.m; }
+
+// How much of the depth is packed at a time, all panels of a block: little where the panels lie
+// side by side, so that each page is met once.
+template <class T>
+static int64_t pack_step(const T&) {
+  return kDepth;
+}
+static int64_t pack_step(const MatrixRows& rows) { return rows.m.row == 1 ? 16 : kDepth; }
+
+// Panels of W for rows [i0, i0 + rows), `step` rows in each.
+template <int64_t W, class T>
+static void pack_block(const T& x, int64_t i0, int64_t rows, int64_t step, int64_t k0,
+                       int64_t depth, float* panels) {
+  const int64_t most = pack_step(x);
+  for (int64_t k = 0; k < depth; k += most) {
+    float* p = panels + k * W;
+    for (int64_t i = 0; i < rows; i += step, p += depth * W)
+      x.template pack<W>(i0 + i, least(rows - i, step), k0 + k, least(depth - k, most), p);
   }
 }
 
 template <class A, class B>
 static void gemm_part(const A& a, const B& b, int64_t K, const GemmOutput& out,
                       const GemmPart& part, float* scratch) {
-  float* const a_block = scratch;
-  float* const b_block = scratch + kBlockRows * kDepth;
+  const Matrix *a_matrix = in_place(a), *b_matrix = in_place(b);
+  const bool a_lies = a_matrix && (a_matrix->row == 1 || (a_matrix->col == 1 && !out.row_sums));
+  // Where B's rows are a large power of two apart, all fall into the same few sets of a cache.
+  // Tiles that take two lines of each row bear that better (measured on Zen 5).
+  const bool b_falls = b_matrix && b_matrix->col % (kTileCols < 32 ? 1024 : 4096) == 0;
+  const bool b_lies =
+      b_matrix && b_matrix->row == 1 && (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
+  float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
+  // Tiles of even height, depth alike: 15 rows are 8 and 7, not 14 and 1.
+  const int64_t M = part.m1 - part.m0;
+  const int64_t tile_rows = M > 0 ? ceil_div(M, ceil_div(M, kTileRows)) : 1;
+  const int64_t block_rows = kBlockRows / kTileRows * tile_rows;
+  const int64_t block_cols = b_lies ? part.n1 - part.n0 : kBlockCols;
+  const int64_t block_depth = K > 0 ? ceil_div(ceil_div(K, ceil_div(K, kDepth)), 16) * 16 : 0;
+
   int64_t n = part.n0;
   do {  // once at least: an empty C may still want row_sums
-    const int64_t cols = least(part.n1 - n, kBlockCols);
+    const int64_t cols = least(part.n1 - n, block_cols);
+    // Tiles read whole vectors, so the last columns of B are packed even where it lies right.
+    const int64_t whole = b_lies ? cols / kTileCols * kTileCols : 0;
     int64_t k = 0;
     do {  // once at least: an empty sum still has its bias
-      const int64_t depth = least(K - k, kDepth);
+      const int64_t depth = least(K - k, block_depth);
       const Step step = {k == 0, k + depth >= K};
-      for (int64_t j = 0; j < cols; j += kTileCols)
-        b.template pack<kTileCols>(n + j, least(cols - j, kTileCols), k, depth,
-                                   b_block + j * depth);
-      for (int64_t m = part.m0; m < part.m1; m += kBlockRows) {
-        const int64_t rows = least(part.m1 - m, kBlockRows);
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-          float* panel = a_block + i * depth;
-          const int64_t have = least(rows - i, kTileRows);
-          a.template pack<kTileRows>(m + i, have, k, depth, panel);
-          if (out.row_sums && n == 0)
-            sum_panel(panel, have, depth, out.row_sums + m + i, !step.first || out.accumulate);
+      pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
+      for (int64_t m = part.m0; m < part.m1; m += block_rows) {
+        const int64_t rows = least(part.m1 - m, block_rows);
+        if (!a_lies) pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
+        const auto a_view = [&](int64_t i) -> View {
+          if (!a_lies) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
+          const Matrix& x = *a_matrix;
+          return {x.data + (m + i) * x.row + k * x.col, x.row, x.col};
+        };
+        if (out.row_sums && n == 0)
+          for (int64_t i = 0; i < rows; i += tile_rows)
+            sum_columns(a_view(i), least(rows - i, tile_rows), depth, out.row_sums + m + i,
+                        !step.first || out.accumulate);
+        const auto tile = [&](int64_t i, int64_t j, int64_t most) {
+          const View b_view =
+              j < whole ? View{b_matrix->data + n + j + k * b_matrix->col, 1, b_matrix->col}
+                        : View{b_block + (j - whole) * depth, 1, kTileCols};
+          gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
+                    least(cols - j, most), step);
+        };
+        // A short sum is mostly writing: then along the rows of C. Otherwise B's panel stays in L1.
+        if (depth * cols <= kDepth * kTileCols) {
+          for (int64_t i = 0; i < rows; i += tile_rows)
+            for (int64_t j = 0; j < cols; j += kTileCols) tile(i, j, kTileCols);
+        } else {
+          int64_t j = 0;
+          if (tile_rows <= 2)
+            for (; j + kWideCols <= whole; j += kWideCols) tile(0, j, kWideCols);
+          for (; j < cols; j += kTileCols)
+            for (int64_t i = 0; i < rows; i += tile_rows) tile(i, j, kTileCols);
         }
-        for (int64_t j = 0; j < cols; j += kTileCols)
-          for (int64_t i = 0; i < rows; i += kTileRows)
-            gemm_tile(least(rows - i, kTileRows), a_block + i * depth, b_block + j * depth, depth,
-                      out, m + i, n + j, least(cols - j, kTileCols), step);
       }
       k += depth;
     } while (k < K);
-    n += kBlockCols;
+    n += cols;
   } while (n < part.n1);
 }
 

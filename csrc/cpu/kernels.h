@@ -167,6 +167,11 @@ struct Kernels {
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                const GemmPart& part, float* scratch);
 
+  // The same where both operands have col = 1, without masks and row_sums, and nothing is packed:
+  // for a few rows of either, where the sum is long.
+  void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                   const GemmPart& part);
+
   // The ways to compute a convolution. Winograd's, by tiles of 4x4 or 2x2 outputs, need windows of
   // 3x3, stride, dilation and up 1, one group. 4x4 is the fastest for 16 channels and more, and
   // rounds most: RMS 2 to 4 times that of the direct sum, where 2x2 rounds as that does.

@@ -16,6 +16,7 @@ namespace {
 #include "adam.inl.h"
 #include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
+#include "dot.inl.h"
 #include "max_pool2d.inl.h"
 #include "probe.inl.h"
 #include "relu.inl.h"
@@ -30,6 +31,7 @@ constinit const Kernels ISA = {
     .gemm_tile_cols = kTileCols,
     .gemm_scratch = kGemmScratch,
     .gemm = gemm,
+    .gemm_dot = gemm_dot,
     .conv2d = kConv2d,
     .winograd_4x4 = kWinograd<4>,
     .winograd_2x2 = kWinograd<2>,

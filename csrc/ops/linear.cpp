@@ -1,4 +1,5 @@
-// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h.
+// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h and
+// cpu/dot.inl.h.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -7,7 +8,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "common.h"
+#include "linear.h"
 
 namespace dlkernels {
 
@@ -29,7 +30,6 @@ OpStats linear_stats("linear"), linear_relu_stats("linear_relu"),
 template <bool kRelu>
 constexpr const char* kName = kRelu ? "linear_relu" : "linear";
 
-using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Linear = Tensor(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
 using LinearBackward = Grads(const Tensor& grad_y, const optional<Tensor>& input,
                              const optional<Tensor>& weight, const optional<Tensor>& y,
@@ -103,29 +103,12 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-// (..., K) -> (M, K), a view where the strides allow it.
-Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
-
-// Any strides: packing reads transposed and expanded operands as they lie.
-cpu::Matrix matrix(const Tensor& x, const float* relu_y = nullptr) {
-  return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), relu_y};
-}
-
 template <bool kRelu>
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
   Tensor y = linear_meta<kRelu>(input, weight, bias);
-  if (y.numel() == 0) return y;
-  const Tensor x = as_matrix(input), b = bias ? bias->contiguous() : Tensor();
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
-  const cpu::GemmOutput out = {.c = y.mutable_data_ptr<float>(),
-                               .row = N,
-                               .col_bias = bias ? b.const_data_ptr<float>() : nullptr,
-                               .relu = kRelu};
-  parallel_gemm(M, N, K, [&](const cpu::GemmPart& part, float* scratch) {
-    cpu::kernels().gemm(matrix(x), matrix(weight), K, out, part, scratch);
-  });
+  linear_into(y, input, weight, bias ? *bias : Tensor(), kRelu);
   return y;
 }
 
@@ -134,46 +117,30 @@ Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
                           std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
-  if (grad_y.size(-1) == 0) {  // no sum has a term
-    if (grad_x.defined()) grad_x.zero_();
-    return {grad_x, grad_weight, grad_bias};
-  }
-  // The mask y > 0 is read together with grad_y, so the two must lie alike.
-  const Tensor yc = y ? y->contiguous() : Tensor();
-  const Tensor gy = as_matrix(y ? grad_y.contiguous() : grad_y);
-  const cpu::Matrix g = matrix(gy, y ? yc.const_data_ptr<float>() : nullptr);
-  const cpu::Matrix g_t = {g.data, g.col, g.row, g.relu_y};
-  const int64_t M = gy.size(0), N = gy.size(1);
-  if (mask[0]) {
-    const int64_t K = weight->size(1);
-    const cpu::GemmOutput out = {.c = grad_x.mutable_data_ptr<float>(), .row = K};
-    parallel_gemm(M, K, N, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g, matrix(weight->t()), N, out, part, scratch);
-    });
-  }
-  if (mask[1] || mask[2]) {  // the bias gradient is the row sums of the same packed operand
-    const Tensor x_t = mask[1] ? as_matrix(*input).t() : Tensor();
-    const int64_t K = mask[1] ? x_t.size(0) : 0;
-    const cpu::GemmOutput out = {
-        .c = mask[1] ? grad_weight.mutable_data_ptr<float>() : nullptr,
-        .row = K,
-        .row_sums = mask[2] ? grad_bias.mutable_data_ptr<float>() : nullptr};
-    parallel_gemm(N, K, M, [&](const cpu::GemmPart& part, float* scratch) {
-      cpu::kernels().gemm(g_t, mask[1] ? matrix(x_t) : cpu::Matrix{}, M, out, part, scratch);
-    });
-  }
+  const auto some = [](const optional<Tensor>& x) { return x ? *x : Tensor(); };
+  linear_backward_into({grad_x, grad_weight, grad_bias}, grad_y, some(input), some(weight),
+                       some(y));
   return {grad_x, grad_weight, grad_bias};
 }
 
 // ---- gradient -----------------------------------------------------------------------------
 
+// (..., K) -> (M, K)
+Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
+
+template <bool kRelu>
+Tensor linear_below_autograd(const Tensor& input, const Tensor& weight,
+                             const optional<Tensor>& bias) {
+  static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(input, weight, bias);
+}
+
 template <bool kRelu>
 struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias) {
-    static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y = op.call(input, weight, bias);
+    const Tensor y = linear_below_autograd<kRelu>(input, weight, bias);
     // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
     ctx->save_for_backward({weight.requires_grad() ? input : Tensor(),
                             input.requires_grad() ? weight : Tensor(), kRelu ? y : Tensor()});
@@ -204,6 +171,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
 template <bool kRelu>
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
+  // A node that records nothing would still cost a third of a small call.
+  const Tensor none;
+  if (!any_requires_grad({&input, &weight, bias ? &*bias : &none}))
+    return linear_below_autograd<kRelu>(input, weight, bias);
   return LinearFunction<kRelu>::apply(input, weight, bias);
 }
 

@@ -1,0 +1,229 @@
+// mlp: linear layers with a ReLU between every two, as one op and one node of the graph.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+
+#include "linear.h"
+
+namespace dlkernels {
+
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  // As many biases as weights, or none.
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor");
+  // The outputs of all layers: those of the hidden ones after their ReLU, then y.
+  m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]");
+  // Gradients of input (if asked for), of all weights, and of all biases (if there are).
+  m.def(
+      "mlp_backward(Tensor grad_y, Tensor input, Tensor[] weights, Tensor[] hidden, "
+      "bool grad_input, bool grad_biases) -> Tensor[]");
+}
+
+namespace {
+
+OpStats mlp_stats("mlp"), mlp_backward_stats("mlp_backward");
+
+using MLP = Tensor(const Tensor& input, at::TensorList weights, at::TensorList biases);
+using MLPForward = std::vector<Tensor>(const Tensor& input, at::TensorList weights,
+                                       at::TensorList biases);
+using MLPBackward = std::vector<Tensor>(const Tensor& grad_y, const Tensor& input,
+                                        at::TensorList weights, at::TensorList hidden,
+                                        bool grad_input, bool grad_biases);
+
+void check_count(at::TensorList weights, at::TensorList biases) {
+  TORCH_CHECK(!weights.empty(), "mlp: weights must be at least one matrix, got none");
+  TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "mlp: biases must be none or ",
+              weights.size(), ", one a weight, got ", biases.size());
+}
+
+// PyTorch's own, for what is not ours.
+Tensor mlp_torch(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  check_count(weights, biases);
+  mlp_stats.torch_ran();
+  Tensor y = input;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (i > 0) y = at::relu(y);
+    y = at::linear(y, weights[i], biases.empty() ? optional<Tensor>() : biases[i]);
+  }
+  return y;
+}
+
+bool ours(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  check_count(weights, biases);
+  bool ok = is_ours(input) && input.dim() >= 1;
+  for (const Tensor& w : weights) check_device("mlp", input, w), ok &= is_ours(w) && w.dim() == 2;
+  for (const Tensor& b : biases) check_device("mlp", input, b), ok &= is_ours(b) && b.dim() == 1;
+  for (size_t i = 0; ok && i < biases.size(); ++i)  // one that broadcasts is PyTorch's
+    ok = biases[i].sym_size(0) != 1 || weights[i].sym_size(0) == 1;
+  return ok;
+}
+
+// ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
+
+// input (..., K0), weights (K1, K0), (K2, K1), ..., biases (K1), (K2), ... -> (..., K1), (..., K2)
+// ...
+std::vector<Tensor> mlp_forward_meta(const Tensor& input, at::TensorList weights,
+                                     at::TensorList biases) {
+  check_count(weights, biases);
+  TORCH_CHECK(input.dim() >= 1, "mlp: input must be (..., K), got ()");
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp: weights[", i, "] must be (N, ",
+                sizes.back(), "), got ", w.sym_sizes());
+    sizes.back() = w.sym_size(0);
+    TORCH_CHECK(biases.empty() || (biases[i].dim() == 1 && biases[i].sym_size(0) == sizes.back()),
+                "mlp: biases[", i, "] must be (", sizes.back(), "), got ", biases[i].sym_sizes());
+    outputs.push_back(at::empty_symint(sizes, input.options()));
+  }
+  return outputs;
+}
+
+Tensor mlp_meta(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  return mlp_forward_meta(input, weights, biases).back();
+}
+
+std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
+                                      at::TensorList weights, at::TensorList hidden,
+                                      bool grad_input, bool grad_biases) {
+  TORCH_CHECK(input.dim() >= 1 && !weights.empty() && hidden.size() + 1 == weights.size(),
+              "mlp_backward: input must be (..., K), with a hidden tensor less than weights, got ",
+              input.sym_sizes(), ", ", hidden.size(), " and ", weights.size());
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  std::vector<Tensor> grads;
+  if (grad_input) grads.push_back(at::empty_symint(sizes, input.options()));
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &w = weights[i], &y = i < hidden.size() ? hidden[i] : grad_y;
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(input) && is_ours(w) && is_ours(y),
+                                "mlp_backward: tensors must be dense float32");
+    check_device("mlp_backward", input, w), check_device("mlp_backward", input, y);
+    TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp_backward: weights[", i,
+                "] must be (N, ", sizes.back(), "), got ", w.sym_sizes());
+    sizes.back() = w.sym_size(0);
+    TORCH_CHECK(y.sym_sizes() == sizes, "mlp_backward: layer ", i, "'s output must be ",
+                c10::SymIntArrayRef(sizes), ", got ", y.sym_sizes());
+    grads.push_back(at::empty_symint(w.sym_sizes(), input.options()));
+  }
+  if (grad_biases)
+    for (const Tensor& w : weights)
+      grads.push_back(at::empty_symint({w.sym_size(0)}, input.options()));
+  return grads;
+}
+
+// ---- cpu ----------------------------------------------------------------------------------
+
+std::vector<Tensor> mlp_forward_cpu(const Tensor& input, at::TensorList weights,
+                                    at::TensorList biases) {
+  std::vector<Tensor> outputs = mlp_forward_meta(input, weights, biases);
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weights, biases),
+                              "mlp_forward: tensors must be dense float32");
+  mlp_stats.kernel_ran();
+  for (size_t i = 0; i < weights.size(); ++i)
+    linear_into(outputs[i], i > 0 ? outputs[i - 1] : input, weights[i],
+                biases.empty() ? Tensor() : biases[i], /*relu=*/i + 1 < weights.size());
+  return outputs;
+}
+
+Tensor mlp_cpu(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  if (!ours(input, weights, biases)) return mlp_torch(input, weights, biases);
+  return mlp_forward_cpu(input, weights, biases).back();
+}
+
+std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_y, const Tensor& input,
+                                     at::TensorList weights, at::TensorList hidden, bool grad_input,
+                                     bool grad_biases) {
+  std::vector<Tensor> grads =
+      mlp_backward_meta(grad_y, input, weights, hidden, grad_input, grad_biases);
+  mlp_backward_stats.kernel_ran();
+  const size_t layers = weights.size();
+  const Tensor* const grad_weight = grads.data() + (grad_input ? 1 : 0);
+  Tensor g = grad_y;
+  for (size_t i = layers; i-- > 0;) {
+    const Tensor& x = i > 0 ? hidden[i - 1] : input;
+    const Tensor grad_x = i > 0        ? at::empty(x.sizes(), x.options())
+                          : grad_input ? grads[0]
+                                       : Tensor();
+    linear_backward_into({grad_x, grad_weight[i], grad_biases ? grad_weight[layers + i] : Tensor()},
+                         g, x, weights[i], i + 1 < layers ? hidden[i] : Tensor());
+    g = grad_x;
+  }
+  return grads;
+}
+
+// ---- gradient -----------------------------------------------------------------------------
+
+struct MLPFunction : torch::autograd::Function<MLPFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList weights,
+                        at::TensorList biases) {
+    static const auto op = find_op<MLPForward>("dlkernels::mlp_forward");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    std::vector<Tensor> outputs = op.call(input, weights, biases);
+    variable_list saved = {input};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    saved.insert(saved.end(), biases.begin(), biases.end());  // for a backward of the backward
+    saved.insert(saved.end(), outputs.begin(), outputs.end() - 1);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["layers"] = static_cast<int64_t>(weights.size());
+    return outputs.back();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<MLPBackward>("dlkernels::mlp_backward");
+    variable_list saved = ctx->get_saved_variables();
+    const size_t layers = ctx->saved_data["layers"].toInt(), hidden = layers - 1;
+    const size_t biases = saved.size() - 1 - layers - hidden;
+    if (is_differentiated(grads[0])) {
+      saved.resize(saved.size() - hidden);
+      const auto forward = [&](at::TensorList x) {
+        return mlp_torch(x[0], x.slice(1, layers), x.slice(1 + layers));
+      };
+      return differentiable_backward(forward, saved, grads[0]);
+    }
+    const at::TensorList all = saved;
+    variable_list out =
+        op.call(grads[0], all[0], all.slice(1, layers), all.slice(all.size() - hidden),
+                ctx->needs_input_grad(0), biases > 0);
+    if (!ctx->needs_input_grad(0)) out.insert(out.begin(), Tensor());
+    return out;
+  }
+};
+
+// One node where all parameters want a gradient, one a layer where some are frozen.
+Tensor mlp_autograd(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  if (!ours(input, weights, biases)) return mlp_torch(input, weights, biases);
+  const auto wanted = [](const Tensor& t) { return t.requires_grad(); };
+  if (!at::GradMode::is_enabled()) {
+    static const auto op = find_op<MLP>("dlkernels::mlp");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.call(input, weights, biases);
+  }
+  if (std::all_of(weights.begin(), weights.end(), wanted) &&
+      std::all_of(biases.begin(), biases.end(), wanted))
+    return MLPFunction::apply(input, weights, biases);
+  using Linear = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&);
+  static const auto linear = find_op<Linear>("dlkernels::linear");
+  static const auto linear_relu = find_op<Linear>("dlkernels::linear_relu");
+  Tensor y = input;
+  for (size_t i = 0; i < weights.size(); ++i)
+    y = (i + 1 < weights.size() ? linear_relu : linear)
+            .call(y, weights[i], biases.empty() ? optional<Tensor>() : biases[i]);
+  return y;
+}
+
+const bool torch_paths = (register_torch_path("mlp", mlp_torch), true);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("mlp", mlp_cpu);
+  m.impl("mlp_forward", mlp_forward_cpu);
+  m.impl("mlp_backward", mlp_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
+  m.impl("mlp", mlp_meta);
+  m.impl("mlp_forward", mlp_forward_meta);
+  m.impl("mlp_backward", mlp_backward_meta);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) { m.impl("mlp", mlp_autograd); }
+
+}  // namespace dlkernels

@@ -1,0 +1,158 @@
+"""mlp and nn.MLP: a stack of linear layers as one op, against the same layers of PyTorch."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dlkernels.functional as ours
+from common import calls, check
+from dlkernels.nn import MLP
+
+
+def stack(input, *parameters):
+    """PyTorch's: weights, then as many biases or none."""
+    weights, biases = split(parameters)
+    for i, w in enumerate(weights):
+        input = F.linear(F.relu(input) if i else input, w, biases[i] if biases else None)
+    return input
+
+
+def split(parameters):
+    weights = [p for p in parameters if p.dim() == 2]
+    return weights, list(parameters[len(weights) :])
+
+
+def mlp(input, *parameters):
+    return ours.mlp(input, *split(parameters))
+
+
+def sample(*sizes, batch=(5,), bias=True, grad=True):
+    x = torch.randn(*batch, sizes[0], requires_grad=grad)
+    weights = [torch.randn(b, a).requires_grad_() for a, b in pairwise(sizes)]
+    return x, *weights, *([torch.randn(n, requires_grad=True) for n in sizes[1:]] if bias else [])
+
+
+def samples():
+    yield sample(7, 5)
+    yield sample(7, 5, 3, grad=False)
+    yield sample(20, 17, 16, 1, batch=(33,))
+    yield sample(20, 17, 10, bias=False)
+    yield sample(6, 5, 4, batch=(2, 3))
+    yield sample(6, 5, 4, batch=())
+    yield sample(6, 5, 4, batch=(0,))
+    yield sample(6, 0, 4)
+    yield sample(0, 5, 4)
+    yield sample(300, 200, 100, 10, batch=(150,))  # large enough for two threads
+    x, *parameters = sample(9, 8, 7)
+    yield x.detach().t().contiguous().t().requires_grad_(), *parameters
+
+
+def test_values_and_gradients(machine):
+    for args in samples():
+        check(mlp, stack, args, forward=["mlp"], backward=["mlp_backward"], grad_strides=False)
+
+
+def test_opcheck():
+    for args in samples():
+        weights, biases = split(args[1:])
+        torch.library.opcheck(torch.ops.dlkernels.mlp, (args[0], weights, biases))
+
+
+def test_compile():
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=True)
+    for args in list(samples())[:4]:
+        check(compiled, stack, args, forward=["mlp"], backward=["mlp_backward"], grad_strides=False)
+
+
+def test_frozen_parameters_leave_one_node_a_layer():
+    x, w1, w2, b1, b2 = sample(6, 5, 4)
+    args = x, w1.detach(), w2, b1, b2.detach()
+    both = ["linear", "linear_relu"]
+    check(mlp, stack, args, forward=both, backward=["linear_backward"], grad_strides=False)
+
+
+def test_double_backward_and_functorch():
+    x, *parameters = sample(4, 3, 2)
+
+    def penalty(f):
+        inputs = [x, *parameters]
+        first = torch.autograd.grad(f(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    for got, expected in zip(penalty(mlp), penalty(stack), strict=True):
+        torch.testing.assert_close(got, expected)
+    got = torch.func.vmap(lambda row: mlp(row, *parameters))(x)
+    torch.testing.assert_close(got, stack(x, *parameters))
+
+
+def test_others_are_pytorchs():
+    x, *parameters = [t.detach().double() for t in sample(4, 3, 2)]
+    with calls(torchs=["mlp"]):
+        torch.testing.assert_close(mlp(x, *parameters), stack(x, *parameters))
+    with torch.autocast("cpu"):
+        assert mlp(*sample(4, 3, 2)).dtype == torch.bfloat16
+
+
+def test_bad_input():
+    x, w1, w2, b1, b2 = sample(4, 3, 2)
+    for weights, biases in [
+        ([], []),
+        ([w1, w2], [b1]),
+        ([w2, w1], None),
+        ([w1, w2], [b2, b1]),
+        ([w1.double(), w2], None),
+        ([w1.to("meta"), w2], None),
+    ]:
+        with pytest.raises(RuntimeError):
+            ours.mlp(x, weights, biases)
+    with pytest.raises(TypeError):
+        ours.mlp(x, [None])
+    backward = torch.ops.dlkernels.mlp_backward
+    h, g = torch.randn(5, 3), torch.randn(5, 2)
+    assert len(backward(g, x, [w1, w2], [h], True, True)) == 5
+    for args in [
+        (g, x, [w1, w2], []),
+        (g, x, [w2, w1], [h]),
+        (g[:, :1], x, [w1, w2], [h]),
+        (g, x, [w1, w2], [h[:4]]),
+        (g, x, [], []),
+        (g, x.double(), [w1, w2], [h]),
+    ]:
+        with pytest.raises(RuntimeError):
+            backward(*args, True, True)
+
+
+def test_module_is_the_sequential_it_replaces():
+    sizes = [6, 5, 4, 3]
+    for bias in (True, False):
+        torch.manual_seed(1)
+        layers = [nn.Linear(a, b, bias=bias) for a, b in pairwise(sizes)]
+        expected = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        torch.manual_seed(1)
+        model = MLP(sizes, bias=bias)
+        x = torch.randn(7, 6)
+        with calls(kernels=["mlp"]):
+            torch.testing.assert_close(model(x), expected(x))
+        assert list(model.state_dict()) == list(expected.state_dict())
+        model.load_state_dict(expected.state_dict())
+        torch.testing.assert_close(copy.deepcopy(model)(x), expected(x))
+    for bad in ([], [3]):
+        with pytest.raises(ValueError, match="sizes"):
+            MLP(bad)
+
+
+def test_children_with_hooks_are_called():
+    model, x = MLP([6, 5, 4]), torch.randn(7, 6)
+    expected, seen = model(x), []
+    hook = model[1].register_forward_hook(lambda m, args, y: seen.append(y))
+    torch.testing.assert_close(model(x), expected)
+    assert len(seen) == 1 and (seen[0] >= 0).all()
+    hook.remove()
+    model[1] = nn.Tanh()
+    torch.testing.assert_close(model(x), model[2](torch.tanh(model[0](x))))
+    model.append(nn.ReLU())
+    assert (model(x) >= 0).all()

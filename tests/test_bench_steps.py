@@ -20,7 +20,7 @@ def test_every_provider_trains_the_same_model(name, provider):
     if provider == "compile" and name != "lenet":
         pytest.skip("takes seconds, and LeNet has every layer")
     exact = losses(lambda *a: models.torch_step(*a, dtype=torch.float64), MODELS[name])
-    assert losses(models.PROVIDERS[provider], MODELS[name]) == pytest.approx(exact, rel=1e-4)
+    assert losses(models.PROVIDERS[provider], MODELS[name]) == pytest.approx(exact, rel=5e-4)
     assert exact[-1] < exact[0]
 
 

@@ -31,25 +31,28 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
 namespace conv {
 namespace {
 
-// The algorithm, from the shape alone: see benchmarks/NOTES.md for what set the bounds.
-const cpu::Conv2dKernels& choose(const cpu::Conv2d& v) {
+// The algorithm of a pass over N images, from the shape alone: the one with the fewest products for
+// a pair of channels, where packing one weight takes the time of some hundred of these. Few
+// channels do not make up for the transforms. What was measured is in benchmarks/NOTES.md.
+const cpu::Conv2dKernels& choose(int64_t N, const cpu::Conv2d& v) {
   const cpu::Kernels& table = cpu::kernels();
   const auto is_plain_3x3 = [](const cpu::ConvAxis& a) {
     return a.taps == 3 && a.stride == 1 && a.dilation == 1 && a.up == 1;
   };
   if (v.groups != 1 || !is_plain_3x3(v.h) || !is_plain_3x3(v.w)) return table.conv2d;
-  switch (conv_algorithm()) {
-    case ConvAlgorithm::kDirect:
-      return table.conv2d;
-    case ConvAlgorithm::kWinograd2:
-      return table.winograd_2x2;
-    case ConvAlgorithm::kWinograd4:
-      return table.winograd_4x4;
-    case ConvAlgorithm::kAny:
-      break;
-  }
-  const bool wide = v.x.C >= 16 && v.K >= 16, tiny = v.h.out <= 4 || v.w.out <= 4;
-  return wide && !tiny && !precision_is_ieee ? table.winograd_4x4 : table.conv2d;
+  const ConvAlgorithm forced = conv_algorithm();
+  if (forced == ConvAlgorithm::kDirect) return table.conv2d;
+  if (forced == ConvAlgorithm::kWinograd2) return table.winograd_2x2;
+  if (forced == ConvAlgorithm::kWinograd4) return table.winograd_4x4;
+  if (precision_is_ieee || v.x.C < 8 || v.K < 8 || v.x.C * v.K < 256) return table.conv2d;
+  const auto products = [&](int64_t tile, double packing) {
+    const auto tiles = [&](int64_t out) { return static_cast<double>((out + tile - 1) / tile); };
+    const auto points = static_cast<double>((tile + 2) * (tile + 2));
+    return static_cast<double>(N) * tiles(v.h.out) * tiles(v.w.out) * points + packing;
+  };
+  const double direct = products(1, 450), two = products(2, 400), four = products(4, 1600);
+  if (four < two && four < direct) return table.winograd_4x4;
+  return two < direct ? table.winograd_2x2 : table.conv2d;
 }
 
 double flops(const Geometry& g) {
@@ -77,7 +80,7 @@ void parallel_units(int64_t units, int64_t panels, int64_t floats, double flops,
 void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x,
                    const Tensor& grad_weight, const Tensor& grad_bias) {
   const cpu::Conv2d v = g.forward(x);
-  const cpu::Conv2dKernels& kernels = choose(v);
+  const cpu::Conv2dKernels& kernels = choose(g.N, v);
   const int64_t blocks = g.N * kernels.blocks(v), batch = kernels.batch(v);
   const int64_t batches = (blocks + batch - 1) / batch, panels = kernels.panels(v);
   const int64_t size = grad_weight.defined() ? kernels.sum_floats(v) : 0;
@@ -115,7 +118,7 @@ void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x
 }  // namespace
 
 void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
-  const cpu::Conv2dKernels& kernels = choose(v);
+  const cpu::Conv2dKernels& kernels = choose(g.N, v);
   const int64_t panels = kernels.panels(v), panel_floats = kernels.panel_floats(v);
   const Tensor packed = at::empty({panels * panel_floats}, at::kFloat);
   float* const weights = packed.mutable_data_ptr<float>();

@@ -31,7 +31,8 @@ def samples(device="cpu"):
     ]:
         yield t(M, K), t(N, K), t(N)
         yield t(M, K), t(N, K), None
-    for M, K, N in [(0, 5, 3), (4, 0, 3), (4, 5, 0)]:
+    # Empty, (0, 784, 512) with enough zeros in grad_weight for two threads.
+    for M, K, N in [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 784, 512)]:
         yield t(M, K), t(N, K), t(N)
     yield t(7), t(5, 7), t(5)  # any rank
     yield t(2, 3, 4, 7), t(5, 7), t(5)

@@ -52,7 +52,7 @@ inline void multiply(std::initializer_list<Product> products) {
   for (const Product& p : products) {
     Grid g = {.step_m = std::max<int64_t>(p.M, 1), .step_n = std::max<int64_t>(p.N, 1)};
     if (threads > 1) {
-      const int64_t rows = ceil_div(p.M, table.gemm_tile_rows);
+      const int64_t rows = std::max<int64_t>(1, ceil_div(p.M, table.gemm_tile_rows));
       const int64_t cols = std::max<int64_t>(1, ceil_div(p.N, table.gemm_tile_cols));
       const double share = p.work() / work * threads;  // threads for this product
       const int64_t least = std::max<int64_t>(1, std::llround(share));
@@ -68,7 +68,7 @@ inline void multiply(std::initializer_list<Product> products) {
         parts_n = std::min(wanted, cols);
         parts_m = std::min(wanted / parts_n, rows);
       }
-      g.step_m = ceil_div(p.M, parts_m);
+      g.step_m = std::max<int64_t>(1, ceil_div(p.M, parts_m));
       g.step_n = ceil_div(cols, parts_n) * table.gemm_tile_cols;
       g.parts_n = std::max<int64_t>(1, ceil_div(p.N, g.step_n));
       g.parts = ceil_div(p.M, g.step_m) * g.parts_n;

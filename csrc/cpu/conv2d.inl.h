@@ -339,6 +339,7 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
   const Cut cut(v);
   const int64_t pool = v.argmax ? 2 : 1;
   const bool narrow = are_planes(v, cut);
+  const bool deep = v.h.taps * v.w.taps * v.x.C >= 4 * v.groups * Vec::kWidth;  // time to prefetch
   float* const rows = scratch + cut.x_floats;  // channels last, for what is still to be done
   for (int64_t i = begin; i < end; ++i) {
     const Block b(v, cut, i);
@@ -359,6 +360,7 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
           conv2d_row(v, b, scratch, p, panel, h, y, v.yw);
           continue;
         }
+        if (v.yc != 1 && deep) expect_rows(v, b.n, h, pool, b.w, cols, k, p.lanes);
         for (int64_t r = 0; r < pool; ++r)
           conv2d_row(v, b, scratch, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
         store_row(v, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,

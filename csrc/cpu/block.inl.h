@@ -20,43 +20,41 @@ static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, in
     }
 }
 
-// The gradient g of a pooled pixel, as far as it belongs to one element of the window: 0 to 3.
-static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t element, int64_t C,
-                         int64_t pitch, float* to) {
+// The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
+// null.
+static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t row, int64_t C,
+                         int64_t pitch, float* left, float* right) {
+  const Vec first = Vec::fill(static_cast<float>(2 * row)), second = first + Vec::fill(1);
   for (int64_t c = 0; c < pitch; c += Vec::kWidth) {
-    const int64_t n = c < C ? least(C - c, Vec::kWidth) : 0;
-    const auto here = Vec::load_bytes(argmax + c, n) == Vec::fill(static_cast<float>(element));
-    store(select(here, load(g + c, n), Vec::zero()), to + c, least(pitch - c, Vec::kWidth));
+    const int64_t n = c < C ? least(C - c, Vec::kWidth) : 0, lanes = least(pitch - c, Vec::kWidth);
+    const Vec v = load(g + c, n), element = Vec::load_bytes(argmax + c, n);
+    if (left) store(select(element == first, v, Vec::zero()), left + c, lanes);
+    if (right) store(select(element == second, v, Vec::zero()), right + c, lanes);
   }
 }
 
-// Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a pool.
+// Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a max-pool.
 static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
                        int64_t channels, int64_t pitch, float* to) {
   const float* row = x.data + n * x.sn + h / 2 * x.sh + c * x.sc;
   const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
-  const auto put = [&](const float* g, int64_t j) {
-    unpool_pixel(g, argmax + (w + j) / 2 * x.C, h % 2 * 2 + (w + j) % 2, channels, pitch,
-                 to + j * pitch);
-  };
-  if (x.sc == 1) {
-    for (int64_t j = 0; j < cols; ++j) put(row + (w + j) / 2 * x.sw, j);
-    return;
+  const int64_t whole = w + w % 2,
+                windows = (w + cols - whole) / 2;  // both of whose pixels are here
+  if (x.sc != 1)  // planes: the gradients go first to where they are wanted
+    transpose_copy({row, nullptr}, whole / 2, x.sc, channels, windows, to + (whole - w) * pitch,
+                   2 * pitch);
+  for (int64_t i = (w - w % 2) / 2; 2 * i < w + cols; ++i) {
+    float* const left = 2 * i >= w ? to + (2 * i - w) * pitch : nullptr;
+    float* const right = 2 * i + 1 < w + cols ? to + (2 * i + 1 - w) * pitch : nullptr;
+    const float* g = row + i * x.sw;
+    if (x.sc != 1) {
+      float* const here = left ? left : right;
+      if (!left || !right)
+        for (int64_t k = 0; k < channels; ++k) here[k] = g[k * x.sc];
+      g = here;
+    }
+    unpool_pixel(g, argmax + i * x.C, h % 2, channels, pitch, left, right);
   }
-  // Planes: pixels first as they are, each where the left one of its window goes, if both go.
-  const int64_t first = w % 2, windows = (cols - first) / 2;
-  const auto single = [&](int64_t j) {
-    for (int64_t i = 0; i < channels; ++i) to[j * pitch + i] = row[i * x.sc + (w + j) / 2];
-    put(to + j * pitch, j);
-  };
-  transpose_copy({row, nullptr}, (w + 1) / 2, x.sc, channels, windows, to + first * pitch,
-                 2 * pitch);
-  for (int64_t j = first; j < first + 2 * windows; j += 2) {
-    put(to + j * pitch, j + 1);
-    put(to + j * pitch, j);
-  }
-  if (first) single(0);
-  if (first + 2 * windows < cols) single(cols - 1);
 }
 
 constexpr int64_t kAhead = 64;  // floats

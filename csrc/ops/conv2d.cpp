@@ -86,7 +86,7 @@ void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x
   const int64_t size = grad_weight.defined() ? kernels.sum_floats(v) : 0;
   const int64_t bias_size = grad_bias.defined() ? g.K : 0;
   const int64_t chunks =
-      std::clamp<int64_t>((int64_t{1} << 22) / (size + 1), 1, std::min<int64_t>(batches, 16));
+      std::clamp<int64_t>((int64_t{1} << 22) / (size + 1), 1, std::min<int64_t>(batches, 8));
   const Tensor sums = at::empty({chunks, size}, at::kFloat);
   const Tensor bias_sums = at::empty({chunks, bias_size}, at::kFloat);
   float* const to = size ? sums.mutable_data_ptr<float>() : nullptr;

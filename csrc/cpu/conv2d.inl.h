@@ -113,12 +113,12 @@ struct Block {
 constexpr int64_t kFewChannels = 8, kPixel = most(kFewChannels, Vec::kWidth);
 
 static bool are_planes(const Conv2d& v, const Cut& cut) {
-  const auto plain = [](const ConvAxis& a, const Span& s) {
-    return a.stride == 1 && a.up == 1 && !s.apart;
+  // The last block is the smallest: where its inputs are one run, so are those of all.
+  const auto plain = [](const ConvAxis& a, int64_t size) {
+    return a.stride == 1 && a.up == 1 && !Span(a, 0, (a.out - 1) % size + 1).apart;
   };
-  const Span rows(v.h, 0, cut.rows), cols(v.w, 0, cut.cols);
-  return v.groups == 1 && v.K <= kFewChannels && plain(v.h, rows) && plain(v.w, cols) &&
-         2 * cut.cols >= cols.size();
+  return v.groups == 1 && v.K <= kFewChannels && plain(v.h, cut.rows) && plain(v.w, cut.cols) &&
+         2 * cut.cols >= Span(v.w, 0, cut.cols).size();
 }
 
 // Where they are in scratch: a plane of inputs each for C channels, of outputs for K, then rows.

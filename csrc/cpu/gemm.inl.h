@@ -3,53 +3,16 @@
 // by side; what lies otherwise or is masked is packed into panels (pack.inl.h) first. The sum over
 // k runs in blocks of the same depth, each in order, whatever the part: same bits always.
 
-constexpr int64_t kTileCols = kTileVecs * Vec::kWidth;
 constexpr int64_t kDepth = 512;                 // at most: a longer sum makes fewer passes over C
 constexpr int64_t kBlockRows = 12 * kTileRows;  // a block of A and a block of B share L2
 constexpr int64_t kBlockCols = 16 * kTileCols;
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth;
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Which part of a tile's sum this is.
-struct Step {
-  bool first, last;
-};
 
 // Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
 struct View {
   const float* p;
   int64_t row, col;
 };
-
-// The epilogue and the store, for R vectors z(r) of rows m + r from column n. A short sum is over
-// before many branches are, so they stand outside the loops.
-template <int R, class Z>
-__attribute__((always_inline)) static inline void finish(const Z& z, const GemmOutput& out,
-                                                         int64_t m, int64_t n, int64_t lanes,
-                                                         Step step) {
-  float* const c = out.c + m * out.row + n;
-  if (!step.first || out.accumulate)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + load(c + r * out.row, lanes);
-  if (step.last && out.row_bias)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + Vec::fill(out.row_bias[m + r]);
-  if (step.last && out.col_bias) {
-    const Vec bias = load(out.col_bias + n, lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + bias;
-  }
-  if (step.last && out.relu)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = max(Vec::zero(), z(r));  // this order keeps NaN and -0.0
-  if (lanes == Vec::kWidth)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row);
-  else
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row, lanes);
-}
 
 // One tile of C, R rows by V vectors of which `cols` columns exist.
 template <int R, int V>
@@ -60,28 +23,24 @@ static void gemm_tile(View a, View b, int64_t depth, const GemmOutput& out, int6
     tile.add_columns(a.p, a.col, b.p, b.col, depth);
   else
     tile.add_rows(a.p, a.row, b.p, b.col, depth);
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v)
-    finish<R>([&](int r) -> Vec& { return tile.c[r][v]; }, out, m, n + v * Vec::kWidth,
-              least(cols - v * Vec::kWidth, Vec::kWidth), step);
+  tile.store(out, m, n, cols, step);
 }
 
 // The tile for the rows that exist; one vector wide where that is enough, and wide for one or two
 // rows, which would wait for their own sums otherwise.
 constexpr int64_t kWideVecs = 8, kWideCols = kWideVecs * Vec::kWidth;
-template <int R = kTileRows>
-static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOutput& out, int64_t m,
-                      int64_t n, int64_t cols, Step step) {
-  if constexpr (R > 1)
-    if (rows < R) return gemm_tile<R - 1>(rows, a, b, depth, out, m, n, cols, step);
-  if (R <= 2 && cols == kWideCols)
-    gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
-  else if (cols > Vec::kWidth)
-    gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
-  else
-    gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
+__attribute__((noinline)) static void gemm_tile(int64_t rows, View a, View b, int64_t depth,
+                                                const GemmOutput& out, int64_t m, int64_t n,
+                                                int64_t cols, Step step = {}) {
+  with_rows(rows, [&]<int R>() {
+    if (R <= 2 && cols == kWideCols)
+      gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
+    else if (cols > Vec::kWidth)
+      gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
+    else
+      gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
+  });
 }
-static_assert(kTileVecs == 2);
 
 // row_sums[m] from a tile's rows, which lie side by side in cache: sums of 16 first, for their
 // error.

@@ -262,31 +262,6 @@ static int64_t winograd_scratch(const Conv2d& v) {
   return cut.in_floats + cut.load_floats + most(forward, backward);
 }
 
-// to[t, k] = sum_c a[t, c] * u[c, k], for a panel's k and `rows` <= kTileRows tiles t.
-template <int V, int R = kTileRows>
-static void winograd_product(int64_t rows, const float* a, int64_t pitch, const float* u,
-                             int64_t depth, float* to) {
-  if constexpr (R > 1)
-    if (rows < R) return winograd_product<V, R - 1>(rows, a, pitch, u, depth, to);
-  Tile<R, V> t;
-  t.add_rows(a, pitch, u, kTileCols, depth);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) t.c[r][i].store(to + r * kTileCols + i * Vec::kWidth);
-}
-
-// f(begin, end) for as few ranges of [0, size) as kTileRows allows, all of about one length.
-template <class F>
-static inline void each_tile(int64_t size, const F& f) {
-  const int64_t count = (size + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0, begin = 0; i < count; ++i) {
-    const int64_t end = size * (i + 1) / count;
-    f(begin, end);
-    begin = end;
-  }
-}
-
 // Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
 template <int M>
 static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64_t lanes,
@@ -336,15 +311,13 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
     }
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
+      const int64_t cols = round_up(k_end - k_begin);
       for (int64_t q = 0; q < Cut::kPoints; ++q) {
-        const float* u = packed + (p * Cut::kPoints + q) * C * kTileCols;
-        each_tile(tiles, [&](int64_t t, int64_t t_end) {
+        const float* const u = packed + (p * Cut::kPoints + q) * C * kTileCols;
+        const GemmOutput to = {.c = out + q * plane, .row = kTileCols};
+        each_tile(tiles, [&](int64_t t, int64_t rows) {  // (t, k): sum_c in[t, c] * u[c, k]
           const float* a = in + q * cut.plane + t * cut.pitch;
-          float* to = out + q * plane + t * kTileCols;
-          if (k_end - k_begin > Vec::kWidth)
-            winograd_product<2>(t_end - t, a, cut.pitch, u, C, to);
-          else
-            winograd_product<1>(t_end - t, a, cut.pitch, u, C, to);
+          gemm_tile(rows, {a, cut.pitch, 1}, {u, 1, kTileCols}, C, to, t, 0, cols);
         });
       }
       const float* from = out;
@@ -359,23 +332,6 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
 }
 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
-
-// to[c, k] (+)= sum_t a[t, c] * g[t, k], for a panel's k and `rows` <= kTileRows inputs c.
-template <int V, int R = kTileRows>
-static void winograd_sum(int64_t rows, const float* a, int64_t pitch, const float* g,
-                         int64_t g_pitch, int64_t tiles, float* to, bool add) {
-  if constexpr (R > 1)
-    if (rows < R) return winograd_sum<V, R - 1>(rows, a, pitch, g, g_pitch, tiles, to, add);
-  Tile<R, V> t;
-  t.add_columns(a, pitch, g, g_pitch, tiles);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) {
-      float* const sum = to + r * kTileCols + i * Vec::kWidth;
-      (add ? Vec::load(sum) + t.c[r][i] : t.c[r][i]).store(sum);
-    }
-}
 
 template <int M>
 static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
@@ -411,16 +367,14 @@ static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t 
     }
     for (int64_t q = 0; q < Cut::kPoints && sums; ++q)
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        float* const to = sums + (p * Cut::kPoints + q) * C * kTileCols;
-        const float* gq = g + q * g_plane + (p - panel_begin) * kTileCols;
-        each_tile(C, [&](int64_t c, int64_t c_end) {
+        const GemmOutput to = {.c = sums + (p * Cut::kPoints + q) * C * kTileCols,
+                               .row = kTileCols,
+                               .accumulate = first > begin};
+        const int64_t cols = round_up(least(v.K - p * kTileCols, kTileCols));
+        const float* const gq = g + q * g_plane + (p - panel_begin) * kTileCols;
+        each_tile(C, [&](int64_t c, int64_t rows) {  // (c, k): sum_t in[t, c] * g[t, k]
           const float* a = in + q * cut.plane + c;
-          if (v.K - p * kTileCols > Vec::kWidth)
-            winograd_sum<2>(c_end - c, a, cut.pitch, gq, g_pitch, tiles, to + c * kTileCols,
-                            first > begin);
-          else
-            winograd_sum<1>(c_end - c, a, cut.pitch, gq, g_pitch, tiles, to + c * kTileCols,
-                            first > begin);
+          gemm_tile(rows, {a, 1, cut.pitch}, {gq, 1, g_pitch}, tiles, to, c, 0, cols);
         });
       }
   }

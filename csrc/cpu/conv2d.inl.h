@@ -191,7 +191,7 @@ static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t beg
 // Row h of a block, one panel, all columns [w, w_end), to y: a pixel every y_step floats.
 static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
                        const float* weight, int64_t h, float* y, int64_t y_step) {
-  const int64_t C = v.x.C, c = C / v.groups;
+  const int64_t C = v.x.C, c = C / v.groups, lanes = p.lanes;
   const Taps th = b.rows.taps(h);
   const int64_t x_row = b.cols.size() * C, x_step = b.cols.output_step() * C;
   for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
@@ -209,23 +209,24 @@ static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Pa
         .row = v.w.up * y_step,
         .col_bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
         .relu = v.relu};
-    each_tile(ceil_div(b.w_end - w, v.w.up), [&](int64_t pixel, int64_t n) {
-      with_tile(n, p.lanes, [&]<int R, int V>() {
-        Tile<R, V> tile;
-        for (int64_t i = 0; i < taps_h; ++i)
-          for (int64_t j = 0; j < taps_w; ++j)
-            tile.add_rows(first + pixel * x_step + i * first_row + j * first_col, x_step,
-                          panel + i * panel_row + j * panel_col, kTileCols, depth);
-        tile.store(out, pixel, 0, p.lanes);
-      });
+    // By value: a short sum is over before many references are followed.
+    each_tile(ceil_div(b.w_end - w, v.w.up), lanes, [=]<int R, int V>(int64_t pixel) {
+      Tile<R, V> tile;
+      for (int64_t i = 0; i < taps_h; ++i)
+        for (int64_t j = 0; j < taps_w; ++j)
+          tile.add_rows(first + pixel * x_step + i * first_row + j * first_col, x_step,
+                        panel + i * panel_row + j * panel_col, kTileCols, depth);
+      tile.store(out, pixel, 0, lanes);
     });
   }
 }
 
 // Outputs [o, o + V * kWidth) of R planes, the inputs of o's first tap at x.
+// Not inline: the loops around it would take its registers (10 % for one channel).
 template <int R, int V>
-static void planes_tile(const Conv2d& v, const float* weight, const float* x, int64_t x_pitch,
-                        int64_t row, const GemmOutput& y, int64_t o) {
+__attribute__((noinline)) static void planes_tile(const Conv2d& v, const float* weight,
+                                                  const float* x, int64_t x_pitch, int64_t row,
+                                                  const GemmOutput& y, int64_t o) {
   const int64_t C = v.x.C, tap = C * kTileCols;
   Tile<R, V> tile;
   for (int64_t c = 0; c < C; ++c)
@@ -326,15 +327,16 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
     load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, v.K, cut.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(v, q);
-      const float* g = g_block + p.group * k + p.k;
+      const int64_t lanes = p.lanes, g_pitch = cut.g_pitch;
+      const float* const g = g_block + p.group * k + p.k;
       if (bias_sums) {
-        each_vector(0, p.lanes, [&](int64_t lane, int64_t n) {
+        each_vector(0, lanes, [&](int64_t lane, int64_t n) {
           float* to = bias_sums + p.group * k + p.k + lane;
           Vec total = i > begin ? load(to, n) : Vec::zero();
           for (int64_t w = 0; w < rows * cols;) {  // sums of 16 first, for their error
             Vec sum = Vec::zero();
             for (const int64_t some = least(rows * cols, w + 16); w < some; ++w)
-              sum = sum + Vec::load(g + w * cut.g_pitch + lane);
+              sum = sum + Vec::load(g + w * g_pitch + lane);
             total = total + sum;
           }
           store(total, to, n);
@@ -348,16 +350,14 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
           const GemmOutput out = {.c = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k,
                                   .row = k};
           const int64_t step = most(kDepth / cols, 1);  // sums of sums, for their error
-          each_tile(joined ? v.w.taps * c : c, [&](int64_t j, int64_t n) {
-            with_tile(n, p.lanes, [&]<int R, int V>() {
-              for (int64_t h = 0; h < rows; h += step) {
-                Tile<R, V> tile;
-                for (int64_t r = h; r < least(rows, h + step); ++r)
-                  tile.add_columns(first + r * out_row + j, x_step, g + r * cols * cut.g_pitch,
-                                   cut.g_pitch, cols);
-                tile.store(out, j, 0, p.lanes, {.first = i == begin && h == 0});
-              }
-            });
+          each_tile(joined ? v.w.taps * c : c, lanes, [=]<int R, int V>(int64_t j) {
+            for (int64_t h = 0; h < rows; h += step) {
+              Tile<R, V> tile;
+              for (int64_t r = h; r < least(rows, h + step); ++r)
+                tile.add_columns(first + r * out_row + j, x_step, g + r * cols * g_pitch, g_pitch,
+                                 cols);
+              tile.store(out, j, 0, lanes, {.first = i == begin && h == 0});
+            }
           });
         }
     }

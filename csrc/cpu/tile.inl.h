@@ -98,15 +98,6 @@ static inline void with_rows(int64_t rows, const F& f) {
   f.template operator()<kMost>();
 }
 
-// f<R, V>() for the rows that exist and as many vectors as `cols` <= kTileCols columns need.
-template <class F>
-static inline void with_tile(int64_t rows, int64_t cols, const F& f) {
-  static_assert(kTileVecs == 2);
-  with_rows(rows, [&]<int R>() {
-    cols > Vec::kWidth ? f.template operator()<R, 2>() : f.template operator()<R, 1>();
-  });
-}
-
 // f(i, n) for rows [i, i + n) of as few tiles as make up [0, rows), all of about one height.
 template <class F>
 static inline void each_tile(int64_t rows, const F& f) {
@@ -115,4 +106,15 @@ static inline void each_tile(int64_t rows, const F& f) {
     end = rows * (t + 1) / count;
     f(i, end - i);
   }
+}
+
+// f<R, V>(i) for rows [i, i + R) of them, and as many vectors as `cols` <= kTileCols columns need.
+template <class F>
+static inline void each_tile(int64_t rows, int64_t cols, const F& f) {
+  static_assert(kTileVecs == 2);
+  each_tile(rows, [&](int64_t i, int64_t n) {
+    with_rows(n, [&]<int R>() {
+      cols > Vec::kWidth ? f.template operator()<R, 2>(i) : f.template operator()<R, 1>(i);
+    });
+  });
 }

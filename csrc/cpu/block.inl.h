@@ -1,25 +1,6 @@
 // Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
 // zeros. A convolution on blocks knows neither layouts nor borders.
 
-// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < cols.
-static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, int64_t rows,
-                           int64_t cols, float* to, int64_t to_pitch) {
-  constexpr int64_t V = Vec::kWidth;
-  for (int64_t i0 = 0; i0 < rows; i0 += V)
-    for (int64_t j0 = 0; j0 < cols; j0 += V) {
-      const int64_t lanes = least(rows - i0, V), n = least(cols - j0, V);
-      Vec r[V];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < V; ++i)
-        r[i] = i < lanes ? s.at(from + (i0 + i) * from_pitch + j0, n) : Vec::zero();
-      transpose(r);
-      float* const p = to + j0 * to_pitch + i0;
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < V; ++j)
-        if (j < n) store(r[j], p + j * to_pitch, lanes);
-    }
-}
-
 // The gradient g of a pooled pixel, as far as it belongs to one element of the window: 0 to 3.
 static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t element, int64_t C,
                          int64_t pitch, float* to) {
@@ -49,8 +30,7 @@ static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t
     for (int64_t i = 0; i < channels; ++i) to[j * pitch + i] = row[i * x.sc + (w + j) / 2];
     put(to + j * pitch, j);
   };
-  transpose_copy({row, nullptr}, (w + 1) / 2, x.sc, channels, windows, to + first * pitch,
-                 2 * pitch);
+  transpose_copy({row}, (w + 1) / 2, x.sc, channels, windows, to + first * pitch, 2 * pitch);
   for (int64_t j = first; j < first + 2 * windows; j += 2) {
     put(to + j * pitch, j + 1);
     put(to + j * pitch, j);
@@ -90,8 +70,7 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
       __builtin_prefetch(x.data + ahead);
       if (x.relu_y) __builtin_prefetch(x.relu_y + ahead);
     }
-    transpose_copy(s, from, x.sc, channels, size, to, pitch);
-    for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
+    transpose_copy(s, from, x.sc, channels, size, to, pitch, pitch);
   } else {
     for (int64_t i = 0; i < pitch; ++i)
       for (int64_t j = 0; j < size; ++j)
@@ -162,5 +141,5 @@ static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t 
         store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
       });
   }
-  if (!last) transpose_copy({row, nullptr}, 0, pitch, cols, lanes, y, v.yc);
+  if (!last) transpose_copy({row}, 0, pitch, cols, lanes, y, v.yc);
 }

@@ -41,9 +41,9 @@ struct Span {
     const int64_t start = output * axis.stride - axis.pad, phases = least(t.step, axis.taps);
     while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
     if (t.first == phases) return t;
-    t.count = (axis.taps - t.first + t.step - 1) / t.step;
+    t.count = ceil_div(axis.taps - t.first, t.step);
     if (apart) {
-      t.at = t.first * run + (output - o + axis.up - 1) / axis.up;
+      t.at = t.first * run + ceil_div(output - o, axis.up);
       t.at_step = t.step * run;
     } else {
       t.at = (start + t.first * axis.dilation) / axis.up - begin(0);
@@ -72,15 +72,14 @@ struct Cut {
       cols = round_up((cols + 1) / 2, even);
     rows = even;
     while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
-    const int64_t count_h = (v.h.out + rows - 1) / rows;
-    rows = round_up((v.h.out + count_h - 1) / count_h, even);
-    count_w = (v.w.out + cols - 1) / cols;
+    const int64_t count_h = ceil_div(v.h.out, rows);
+    rows = round_up(ceil_div(v.h.out, count_h), even);
+    count_w = ceil_div(v.w.out, cols);
     count = count_h * count_w;
     x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
     g_pitch = round_up(v.K);
     g_floats = rows * cols * g_pitch + kTileCols;
   }
-  static int64_t round_up(int64_t n, int64_t to = Vec::kWidth) { return (n + to - 1) / to * to; }
 };
 
 // One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
@@ -128,8 +127,8 @@ struct Planes {
   Planes(const Conv2d& v, const Cut& cut) {
     constexpr int64_t kBeyond = 4 * Vec::kWidth;  // the last tile's
     const int64_t cols = Span(v.w, 0, cut.cols).size();
-    in_pitch = Cut::round_up(Span(v.h, 0, cut.rows).size() * cols);
-    out_pitch = Cut::round_up(cut.rows * cols) + kBeyond;
+    in_pitch = round_up(Span(v.h, 0, cut.rows).size() * cols);
+    out_pitch = round_up(cut.rows * cols) + kBeyond;
     const int64_t in = v.x.C * in_pitch;  // and the same again, channels last
     out = 2 * in + kBeyond;
     rows = out + v.K * out_pitch;
@@ -149,7 +148,7 @@ static int64_t conv2d_scratch(const Conv2d& v) {
 
 // Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k.
 static int64_t conv2d_panels(const Conv2d& v) {
-  return v.groups * ((v.K / v.groups + kTileCols - 1) / kTileCols);
+  return v.groups * ceil_div(v.K / v.groups, kTileCols);
 }
 static int64_t conv2d_panel_floats(const Conv2d& v) {
   return v.h.taps * v.w.taps * (v.x.C / v.groups) * kTileCols;
@@ -171,17 +170,11 @@ static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t beg
   for (int64_t i = begin; i < end; ++i) {
     const Panel p(v, i);
     float* panel = to + i * conv2d_panel_floats(v);
-    const int64_t from = p.group * f.sg + p.k * f.so;
+    const float* const from = f.data + p.group * f.sg + p.k * f.so;
     for (int64_t kh = 0; kh < v.h.taps; ++kh)
       for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols) {
-        const int64_t tap = from + kh * f.sh + kw * f.sw;
-        store_zeros(panel, c * kTileCols);
-        if (f.si == 1)
-          transpose_copy({f.data, nullptr}, tap, f.so, p.lanes, c, panel, kTileCols);
-        else
-          for (int64_t j = 0; j < c; ++j)
-            for (int64_t o = 0; o < p.lanes; ++o)
-              panel[j * kTileCols + o] = f.data[tap + j * f.si + o * f.so];
+        const Matrix tap = {from + kh * f.sh + kw * f.sw, f.so, f.si};
+        pack_panel<kTileCols>(tap, 0, p.lanes, 0, c, panel);
       }
   }
 }
@@ -245,7 +238,7 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
   } else {
     float* const last = scratch + C * p.in_pitch;
     b.load(v.x, 0, C, last);
-    transpose_copy({last, nullptr}, 0, C, pixels, C, scratch, p.in_pitch);
+    transpose_copy({last}, 0, C, pixels, C, scratch, p.in_pitch);
   }
   const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, pool = v.argmax ? 2 : 1;
   float* const out = scratch + p.out;
@@ -261,14 +254,14 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
   for (int64_t h = 0; h < rows; h += pool) {
     if (v.yc != 1 && !v.argmax) {
       for (int64_t k = 0; k < v.K; ++k)
-        pack_run({out, nullptr}, k * p.out_pitch + h * row, cols, cols,
+        pack_run({out}, k * p.out_pitch + h * row, cols, cols,
                  v.y + b.n * v.yn + k * v.yc + (b.h + h) * v.yh + b.w);
       continue;
     }
     float* const last = scratch + p.rows;
     for (int64_t r = 0; r < pool; ++r)
-      transpose_copy({out, nullptr}, (h + r) * row, p.out_pitch, v.K, cols,
-                     last + r * cols * kPixel, kPixel);
+      transpose_copy({out}, (h + r) * row, p.out_pitch, v.K, cols, last + r * cols * kPixel,
+                     kPixel);
     store_row(v, b.n, b.h + h, b.w, cols, 0, v.K, last, last + cols * kPixel, kPixel,
               last + 2 * cols * kPixel);
   }
@@ -378,11 +371,7 @@ static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, f
       for (int64_t kw = 0; kw < v.w.taps; ++kw) {
         const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
         float* tap = to + p.group * f.sg + p.k * f.so + kh * f.sh + kw * f.sw;
-        if (f.si == 1)
-          transpose_copy({from, nullptr}, 0, k, c, p.lanes, tap, f.so);
-        else
-          for (int64_t o = 0; o < p.lanes; ++o)
-            for (int64_t i = 0; i < c; ++i) tap[o * f.so + i * f.si] = from[i * k + o];
+        unpack_panel(from, k, p.lanes, c, tap, f.so, f.si);
       }
   }
 }

@@ -4,7 +4,7 @@
 // Elements read through the gradient of a ReLU: 0 where relu_y <= 0 (so a NaN in y lets it pass).
 struct Source {
   const float* x;
-  const float* relu_y;
+  const float* relu_y = nullptr;
 
   float at(int64_t i) const { return relu_y && relu_y[i] <= 0 ? 0.0f : x[i]; }
   Vec at(int64_t i, int64_t n) const {
@@ -13,29 +13,31 @@ struct Source {
   }
 };
 
-// Rows that lie along memory, `pitch` apart: panel(i, k) = s[from + i * pitch + k].
-template <int64_t W>
-static void pack_rows(const Source& s, int64_t from, int64_t pitch, int64_t rows, int64_t depth,
-                      float* panel) {
+// to[k * to_pitch + i] = s[from + i * pitch + k] for i < rows, k < depth, zeros from there to
+// i < lanes.
+static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t rows,
+                           int64_t depth, float* to, int64_t to_pitch, int64_t lanes) {
   constexpr int64_t V = Vec::kWidth;
-  for (int64_t i0 = 0; i0 < W; i0 += V) {
-    const int64_t lanes = least(W - i0, V);
+  for (int64_t i0 = 0; i0 < lanes; i0 += V)
     for (int64_t k = 0; k < depth; k += V) {
-      const int64_t n = least(depth - k, V);
+      const int64_t size = least(lanes - i0, V), n = least(depth - k, V);
       Vec r[V];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < V; ++i)
         r[i] = i0 + i < rows ? s.at(from + (i0 + i) * pitch + k, n) : Vec::zero();
       transpose(r);
-      float* p = panel + k * W + i0;
+      float* const p = to + k * to_pitch + i0;
       if (n == V) {
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < V; ++j) store(r[j], p + j * W, lanes);
+        for (int64_t j = 0; j < V; ++j) store(r[j], p + j * to_pitch, size);
       } else {
-        for (int64_t j = 0; j < n; ++j) store(r[j], p + j * W, lanes);
+        for (int64_t j = 0; j < n; ++j) store(r[j], p + j * to_pitch, size);
       }
     }
-  }
+}
+static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t rows,
+                           int64_t depth, float* to, int64_t to_pitch) {
+  transpose_copy(s, from, pitch, rows, depth, to, to_pitch, rows);
 }
 
 // Rows side by side in memory: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
@@ -56,10 +58,18 @@ static void pack_panel(const Matrix& m, int64_t i0, int64_t rows, int64_t k0, in
   if (m.row == 1) {
     for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
   } else if (m.col == 1) {
-    pack_rows<W>(s, start, m.row, rows, depth, panel);
+    transpose_copy(s, start, m.row, rows, depth, panel, W, W);
   } else {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t i = 0; i < W; ++i)
         panel[k * W + i] = i < rows ? s.at(start + i * m.row + k * m.col) : 0.0f;
   }
+}
+
+// to[i * row + k * col] = panel[k * pitch + i] for i < rows, k < depth.
+static void unpack_panel(const float* panel, int64_t pitch, int64_t rows, int64_t depth, float* to,
+                         int64_t row, int64_t col) {
+  if (col == 1) return transpose_copy({panel}, 0, pitch, depth, rows, to, row);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < depth; ++k) to[i * row + k * col] = panel[k * pitch + i];
 }

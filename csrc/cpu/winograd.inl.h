@@ -116,12 +116,12 @@ struct WinogradCut {
 
   explicit WinogradCut(const Conv2d& v) {
     constexpr int64_t kCols = 16;
-    tile_rows = (v.h.out + M - 1) / M, tile_cols = (v.w.out + M - 1) / M;
-    count_w = (tile_cols + kCols - 1) / kCols;
-    cols = (tile_cols + count_w - 1) / count_w;
+    tile_rows = ceil_div(v.h.out, M), tile_cols = ceil_div(v.w.out, M);
+    count_w = ceil_div(tile_cols, kCols);
+    cols = ceil_div(tile_cols, count_w);
     rows = least(tile_rows, most(1, kTiles / cols));
-    const int64_t count_h = (tile_rows + rows - 1) / rows;
-    rows = (tile_rows + count_h - 1) / count_h;
+    const int64_t count_h = ceil_div(tile_rows, rows);
+    rows = ceil_div(tile_rows, count_h);
     count = count_h * count_w;
     batch = most(1, kTiles / (rows * cols));
     tiles = batch * rows * cols;
@@ -132,7 +132,7 @@ struct WinogradCut {
   }
   // Rows and planes a power of two apart would meet in the same few sets of the cache.
   static int64_t pitch_of(int64_t channels) {
-    const int64_t lines = (channels + 15) / 16;
+    const int64_t lines = ceil_div(channels, 16);
     return 16 * (lines + (lines % 8 == 0));
   }
   static int64_t plane_of(int64_t tiles, int64_t pitch) { return (tiles * pitch / 16 | 1) * 16; }
@@ -174,7 +174,7 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
     for (int64_t k = c; k < c_end; k += channels) {
       const int64_t row_end = least(row + rows, b.rows);
       const int64_t count = least(c_end - k, channels);
-      const int64_t part_pitch = (count + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+      const int64_t part_pitch = round_up(count);
       load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
                  cols, k, count, part_pitch, scratch);
       float* tile = to + row * b.cols * pitch + k - c;
@@ -193,7 +193,7 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
 
 // Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of
 // grad_weight.
-static int64_t winograd_panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
+static int64_t winograd_panels(const Conv2d& v) { return ceil_div(v.K, kTileCols); }
 template <int M>
 static int64_t winograd_panel_floats(const Conv2d& v) {
   return WinogradCut<M>::kPoints * v.x.C * kTileCols;
@@ -204,7 +204,7 @@ static int64_t winograd_sum_floats(const Conv2d& v) {
   return winograd_panels(v) * winograd_panel_floats<M>(v);
 }
 
-// Inputs whose weights are turned on their side at a time: taps[input][tap][output].
+// Inputs whose weights are turned on their side at a time.
 constexpr int64_t kFilterInputs = 16;
 
 template <int M>
@@ -214,34 +214,25 @@ static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t b
   float taps[kFilterInputs * 9 * kTileCols];
   for (int64_t p = begin; p < end; ++p) {
     const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
-    store_zeros(taps, kFilterInputs * 9 * kTileCols);
     for (int64_t c = 0; c < C; c += kFilterInputs) {
       const int64_t inputs = least(C - c, kFilterInputs);
-      const int64_t from = p * kTileCols * f.so + c * f.si;
+      const float* const from = f.data + p * kTileCols * f.so + c * f.si;
       const bool turned = f.sw == -1 && f.sh == -3;  // taps along memory, last to first
-      if (turned || (f.sw == 1 && f.sh == 3)) {
-        for (int64_t i = 0; i < inputs; ++i)
-          transpose_copy({f.data, nullptr}, from + i * f.si - (turned ? 8 : 0), f.so, lanes, 9,
-                         taps + i * 9 * kTileCols, kTileCols);
-      } else {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          const int64_t at = from + tap / 3 * f.sh + tap % 3 * f.sw;
-          float* const t = taps + tap * kTileCols;
-          if (f.si == 1)
-            transpose_copy({f.data, nullptr}, at, f.so, lanes, inputs, t, 9 * kTileCols);
-          else
-            for (int64_t i = 0; i < inputs; ++i)
-              for (int64_t o = 0; o < lanes; ++o)
-                t[i * 9 * kTileCols + o] = f.data[at + i * f.si + o * f.so];
-        }
-      }
+      const bool along = turned || (f.sw == 1 && f.sh == 3);
+      // taps[input][tap][output] or taps[tap][input][output], as the weights lie
+      const int64_t input = (along ? 9 : 1) * kTileCols, tap = (along ? 1 : inputs) * kTileCols;
+      for (int64_t i = 0; i < inputs && along; ++i)
+        pack_panel<kTileCols>({from + i * f.si - (turned ? 8 : 0), f.so, 1}, 0, lanes, 0, 9,
+                              taps + i * input);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        pack_panel<kTileCols>({from + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si}, 0, lanes, 0, inputs,
+                              taps + i * tap);
       for (int64_t i = 0; i < inputs; ++i)
         for (int64_t o = 0; o < kTileCols; o += Vec::kWidth) {
-          const float* t = taps + i * 9 * kTileCols + o;
+          const float* t = taps + i * input + o;
           float* const u = to + (p * kPoints * C + c + i) * kTileCols + o;
           const auto at = [&](int h, int w) {
-            const int tap = 3 * h + w;
-            return Vec::load(t + (turned ? 8 - tap : tap) * kTileCols);
+            return Vec::load(t + (turned ? 8 - 3 * h - w : 3 * h + w) * tap);
           };
           transform<Winograd<M>::kWeight>(
               at, [&](int h, int w, Vec e) { e.store(u + (h * (M + 2) + w) * C * kTileCols); });
@@ -400,21 +391,12 @@ static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f,
               [&](int h, int w, Vec e) { e.store(t + (3 * h + w) * kTileCols); });
         }
       float* const weight = to + p * kTileCols * f.so + c * f.si;
-      if (f.sw == 1 && f.sh == 3) {
-        for (int64_t i = 0; i < inputs; ++i)
-          transpose_copy({taps, nullptr}, i * 9 * kTileCols, kTileCols, 9, lanes, weight + i * f.si,
-                         f.so);
-      } else {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          float* const w = weight + tap / 3 * f.sh + tap % 3 * f.sw;
-          if (f.si == 1)
-            transpose_copy({taps, nullptr}, tap * kTileCols, 9 * kTileCols, inputs, lanes, w, f.so);
-          else
-            for (int64_t i = 0; i < inputs; ++i)
-              for (int64_t o = 0; o < lanes; ++o)
-                w[i * f.si + o * f.so] = taps[(i * 9 + tap) * kTileCols + o];
-        }
-      }
+      const bool along = f.sw == 1 && f.sh == 3;  // taps along memory
+      for (int64_t i = 0; i < inputs && along; ++i)
+        unpack_panel(taps + i * 9 * kTileCols, kTileCols, lanes, 9, weight + i * f.si, f.so, 1);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        unpack_panel(taps + i * kTileCols, 9 * kTileCols, lanes, inputs,
+                     weight + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si);
     }
   }
 }

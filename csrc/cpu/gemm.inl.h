@@ -29,9 +29,8 @@ static void gemm_tile(View a, View b, int64_t depth, const GemmOutput& out, int6
 // The tile for the rows that exist; one vector wide where that is enough, and wide for one or two
 // rows, which would wait for their own sums otherwise.
 constexpr int64_t kWideVecs = 8, kWideCols = kWideVecs * Vec::kWidth;
-__attribute__((noinline)) static void gemm_tile(int64_t rows, View a, View b, int64_t depth,
-                                                const GemmOutput& out, int64_t m, int64_t n,
-                                                int64_t cols, Step step = {}) {
+static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOutput& out, int64_t m,
+                      int64_t n, int64_t cols, Step step) {
   with_rows(rows, [&]<int R>() {
     if (R <= 2 && cols == kWideCols)
       gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);

@@ -27,12 +27,9 @@ static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t
         r[i] = i0 + i < rows ? s.at(from + (i0 + i) * pitch + k, n) : Vec::zero();
       transpose(r);
       float* const p = to + k * to_pitch + i0;
-      if (n == V) {
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < V; ++j) store(r[j], p + j * to_pitch, size);
-      } else {
-        for (int64_t j = 0; j < n; ++j) store(r[j], p + j * to_pitch, size);
-      }
+      for (int64_t j = 0; j < V; ++j)
+        if (j < n) store(r[j], p + j * to_pitch, size);
     }
 }
 static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t rows,

@@ -98,23 +98,16 @@ static inline void with_rows(int64_t rows, const F& f) {
   f.template operator()<kMost>();
 }
 
-// f(i, n) for rows [i, i + n) of as few tiles as make up [0, rows), all of about one height.
-template <class F>
-static inline void each_tile(int64_t rows, const F& f) {
-  const int64_t count = ceil_div(rows, kTileRows);
-  for (int64_t t = 0, i = 0, end; t < count; ++t, i = end) {
-    end = rows * (t + 1) / count;
-    f(i, end - i);
-  }
-}
-
-// f<R, V>(i) for rows [i, i + R) of them, and as many vectors as `cols` <= kTileCols columns need.
+// f<R, V>(i) for the rows i to i + R of as few tiles as make up [0, rows), all of about one height,
+// and as many vectors as `cols` columns of a panel need.
 template <class F>
 static inline void each_tile(int64_t rows, int64_t cols, const F& f) {
   static_assert(kTileVecs == 2);
-  each_tile(rows, [&](int64_t i, int64_t n) {
-    with_rows(n, [&]<int R>() {
+  const int64_t count = ceil_div(rows, kTileRows);
+  for (int64_t t = 0, i = 0, end; t < count; ++t, i = end) {
+    end = rows * (t + 1) / count;
+    with_rows(end - i, [&]<int R>() {
       cols > Vec::kWidth ? f.template operator()<R, 2>(i) : f.template operator()<R, 1>(i);
     });
-  });
+  }
 }

@@ -253,6 +253,16 @@ static int64_t winograd_scratch(const Conv2d& v) {
   return cut.in_floats + cut.load_floats + most(forward, backward);
 }
 
+// to[t, k] = sum_c a[t, c] * u[c, k], for `cols` of a panel's k.
+static void winograd_product(int64_t tiles, int64_t cols, const float* a, int64_t pitch,
+                             const float* u, int64_t depth, float* to) {
+  each_tile(tiles, cols, [=]<int R, int V>(int64_t t) {
+    Tile<R, V> tile;
+    tile.add_rows(a + t * pitch, pitch, u, kTileCols, depth);
+    tile.store({.c = to, .row = kTileCols}, t, 0);
+  });
+}
+
 // Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
 template <int M>
 static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64_t lanes,
@@ -302,14 +312,10 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
     }
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
-      const int64_t cols = round_up(k_end - k_begin);
       for (int64_t q = 0; q < Cut::kPoints; ++q) {
         const float* const u = packed + (p * Cut::kPoints + q) * C * kTileCols;
-        const GemmOutput to = {.c = out + q * plane, .row = kTileCols};
-        each_tile(tiles, [&](int64_t t, int64_t rows) {  // (t, k): sum_c in[t, c] * u[c, k]
-          const float* a = in + q * cut.plane + t * cut.pitch;
-          gemm_tile(rows, {a, cut.pitch, 1}, {u, 1, kTileCols}, C, to, t, 0, cols);
-        });
+        winograd_product(tiles, k_end - k_begin, in + q * cut.plane, cut.pitch, u, C,
+                         out + q * plane);
       }
       const float* from = out;
       for (int64_t i = first; i < last; ++i) {
@@ -323,6 +329,16 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
 }
 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
+
+// to[c, k] (+)= sum_t a[t, c] * g[t, k], for `cols` of a panel's k.
+static void winograd_sum(int64_t channels, int64_t cols, const float* a, int64_t pitch,
+                         const float* g, int64_t g_pitch, int64_t tiles, float* to, bool add) {
+  each_tile(channels, cols, [=]<int R, int V>(int64_t c) {
+    Tile<R, V> tile;
+    tile.add_columns(a + c, pitch, g, g_pitch, tiles);
+    tile.store({.c = to, .row = kTileCols, .accumulate = add}, c, 0);
+  });
+}
 
 template <int M>
 static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
@@ -358,15 +374,9 @@ static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t 
     }
     for (int64_t q = 0; q < Cut::kPoints && sums; ++q)
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        const GemmOutput to = {.c = sums + (p * Cut::kPoints + q) * C * kTileCols,
-                               .row = kTileCols,
-                               .accumulate = first > begin};
-        const int64_t cols = round_up(least(v.K - p * kTileCols, kTileCols));
-        const float* const gq = g + q * g_plane + (p - panel_begin) * kTileCols;
-        each_tile(C, [&](int64_t c, int64_t rows) {  // (c, k): sum_t in[t, c] * g[t, k]
-          const float* a = in + q * cut.plane + c;
-          gemm_tile(rows, {a, 1, cut.pitch}, {gq, 1, g_pitch}, tiles, to, c, 0, cols);
-        });
+        winograd_sum(C, v.K - p * kTileCols, in + q * cut.plane, cut.pitch,
+                     g + q * g_plane + (p - panel_begin) * kTileCols, g_pitch, tiles,
+                     sums + (p * Cut::kPoints + q) * C * kTileCols, first > begin);
       }
   }
 }

@@ -70,7 +70,8 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
       __builtin_prefetch(x.data + ahead);
       if (x.relu_y) __builtin_prefetch(x.relu_y + ahead);
     }
-    transpose_copy(s, from, x.sc, channels, size, to, pitch, pitch);
+    transpose_copy(s, from, x.sc, channels, size, to, pitch);
+    for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
   } else {
     for (int64_t i = 0; i < pitch; ++i)
       for (int64_t j = 0; j < size; ++j)

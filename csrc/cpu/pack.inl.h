@@ -13,32 +13,53 @@ struct Source {
   }
 };
 
-// to[k * to_pitch + i] = s[from + i * pitch + k] for i < rows, k < depth, zeros from there to
-// i < lanes.
-static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t rows,
-                           int64_t depth, float* to, int64_t to_pitch, int64_t lanes) {
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < cols.
+static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, int64_t rows,
+                           int64_t cols, float* to, int64_t to_pitch) {
   constexpr int64_t V = Vec::kWidth;
-  for (int64_t i0 = 0; i0 < lanes; i0 += V)
+  for (int64_t i0 = 0; i0 < rows; i0 += V)
+    for (int64_t j0 = 0; j0 < cols; j0 += V) {
+      const int64_t lanes = least(rows - i0, V), n = least(cols - j0, V);
+      Vec r[V];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < V; ++i)
+        r[i] = i < lanes ? s.at(from + (i0 + i) * from_pitch + j0, n) : Vec::zero();
+      transpose(r);
+      float* const p = to + j0 * to_pitch + i0;
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < V; ++j)
+        if (j < n) store(r[j], p + j * to_pitch, lanes);
+    }
+}
+
+// The same into a panel, whose width is known when compiling: panel(i, k) = s[from + i * pitch +
+// k].
+template <int64_t W>
+static void pack_rows(const Source& s, int64_t from, int64_t pitch, int64_t rows, int64_t depth,
+                      float* panel) {
+  constexpr int64_t V = Vec::kWidth;
+  for (int64_t i0 = 0; i0 < W; i0 += V) {
+    const int64_t lanes = least(W - i0, V);
     for (int64_t k = 0; k < depth; k += V) {
-      const int64_t size = least(lanes - i0, V), n = least(depth - k, V);
+      const int64_t n = least(depth - k, V);
       Vec r[V];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < V; ++i)
         r[i] = i0 + i < rows ? s.at(from + (i0 + i) * pitch + k, n) : Vec::zero();
       transpose(r);
-      float* const p = to + k * to_pitch + i0;
+      float* p = panel + k * W + i0;
+      if (n == V) {
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < V; ++j)
-        if (j < n) store(r[j], p + j * to_pitch, size);
+        for (int64_t j = 0; j < V; ++j) store(r[j], p + j * W, lanes);
+      } else {
+        for (int64_t j = 0; j < n; ++j) store(r[j], p + j * W, lanes);
+      }
     }
-}
-static void transpose_copy(const Source& s, int64_t from, int64_t pitch, int64_t rows,
-                           int64_t depth, float* to, int64_t to_pitch) {
-  transpose_copy(s, from, pitch, rows, depth, to, to_pitch, rows);
+  }
 }
 
 // Rows side by side in memory: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
-static void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, float* row) {
+static inline void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, float* row) {
   for (int64_t i = 0; i < lanes; i += Vec::kWidth) {
     const int64_t have = i < n ? least(n - i, Vec::kWidth) : 0;
     const Vec v = have ? s.at(offset + i, have) : Vec::zero();
@@ -55,7 +76,7 @@ static void pack_panel(const Matrix& m, int64_t i0, int64_t rows, int64_t k0, in
   if (m.row == 1) {
     for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
   } else if (m.col == 1) {
-    transpose_copy(s, start, m.row, rows, depth, panel, W, W);
+    pack_rows<W>(s, start, m.row, rows, depth, panel);
   } else {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t i = 0; i < W; ++i)

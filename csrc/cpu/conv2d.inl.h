@@ -202,15 +202,16 @@ static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Pa
         .row = v.w.up * y_step,
         .col_bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
         .relu = v.relu};
-    // By value: a short sum is over before many references are followed.
-    each_tile(ceil_div(b.w_end - w, v.w.up), lanes, [=]<int R, int V>(int64_t pixel) {
-      Tile<R, V> tile;
-      for (int64_t i = 0; i < taps_h; ++i)
-        for (int64_t j = 0; j < taps_w; ++j)
-          tile.add_rows(first + pixel * x_step + i * first_row + j * first_col, x_step,
-                        panel + i * panel_row + j * panel_col, kTileCols, depth);
-      tile.store(out, pixel, 0, lanes);
-    });
+    // Inline: a short sum is over before as many references are followed (10 % for one channel).
+    each_tile(ceil_div(b.w_end - w, v.w.up), lanes,
+              [&]<int R, int V>(int64_t pixel) __attribute__((always_inline)) {
+                Tile<R, V> tile;
+                for (int64_t i = 0; i < taps_h; ++i)
+                  for (int64_t j = 0; j < taps_w; ++j)
+                    tile.add_rows(first + pixel * x_step + i * first_row + j * first_col, x_step,
+                                  panel + i * panel_row + j * panel_col, kTileCols, depth);
+                tile.store(out, pixel, 0, lanes);
+              });
   }
 }
 

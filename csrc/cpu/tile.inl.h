@@ -92,7 +92,7 @@ struct Tile {
 
 // f<R>() for R = rows, 1 to kMost: a tile knows how many rows it has when it is compiled.
 template <int kMost = kTileRows, class F>
-static inline void with_rows(int64_t rows, const F& f) {
+__attribute__((always_inline)) static inline void with_rows(int64_t rows, const F& f) {
   if constexpr (kMost > 1)
     if (rows < kMost) return with_rows<kMost - 1>(rows, f);
   f.template operator()<kMost>();
@@ -101,12 +101,13 @@ static inline void with_rows(int64_t rows, const F& f) {
 // f<R, V>(i) for the rows i to i + R of as few tiles as make up [0, rows), all of about one height,
 // and as many vectors as `cols` columns of a panel need.
 template <class F>
-static inline void each_tile(int64_t rows, int64_t cols, const F& f) {
+__attribute__((always_inline)) static inline void each_tile(int64_t rows, int64_t cols,
+                                                            const F& f) {
   static_assert(kTileVecs == 2);
   const int64_t count = ceil_div(rows, kTileRows);
   for (int64_t t = 0, i = 0, end; t < count; ++t, i = end) {
     end = rows * (t + 1) / count;
-    with_rows(end - i, [&]<int R>() {
+    with_rows(end - i, [&]<int R>() __attribute__((always_inline)) {
       cols > Vec::kWidth ? f.template operator()<R, 2>(i) : f.template operator()<R, 1>(i);
     });
   }

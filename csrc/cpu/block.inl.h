@@ -1,25 +1,6 @@
 // Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
 // zeros. A convolution on blocks knows neither layouts nor borders.
 
-// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < cols.
-static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, int64_t rows,
-                           int64_t cols, float* to, int64_t to_pitch) {
-  constexpr int64_t V = Vec::kWidth;
-  for (int64_t i0 = 0; i0 < rows; i0 += V)
-    for (int64_t j0 = 0; j0 < cols; j0 += V) {
-      const int64_t lanes = least(rows - i0, V), n = least(cols - j0, V);
-      Vec r[V];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < V; ++i)
-        r[i] = i < lanes ? s.at(from + (i0 + i) * from_pitch + j0, n) : Vec::zero();
-      transpose(r);
-      float* const p = to + j0 * to_pitch + i0;
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < V; ++j)
-        if (j < n) store(r[j], p + j * to_pitch, lanes);
-    }
-}
-
 // The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
 // null.
 static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t row, int64_t C,
@@ -38,11 +19,10 @@ static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t
                        int64_t channels, int64_t pitch, float* to) {
   const float* row = x.data + n * x.sn + h / 2 * x.sh + c * x.sc;
   const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
-  const int64_t whole = w + w % 2,
-                windows = (w + cols - whole) / 2;  // both of whose pixels are here
-  if (x.sc != 1)  // planes: the gradients go first to where they are wanted
-    transpose_copy({row, nullptr}, whole / 2, x.sc, channels, windows, to + (whole - w) * pitch,
-                   2 * pitch);
+  // Planes: gradients first as they are, each where the left pixel of its window goes, if both go.
+  const int64_t whole = w + w % 2, windows = (w + cols - whole) / 2;
+  if (x.sc != 1)
+    transpose_copy({row}, whole / 2, x.sc, channels, windows, to + (whole - w) * pitch, 2 * pitch);
   for (int64_t i = (w - w % 2) / 2; 2 * i < w + cols; ++i) {
     float* const left = 2 * i >= w ? to + (2 * i - w) * pitch : nullptr;
     float* const right = 2 * i + 1 < w + cols ? to + (2 * i + 1 - w) * pitch : nullptr;
@@ -160,5 +140,5 @@ static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t 
         store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
       });
   }
-  if (!last) transpose_copy({row, nullptr}, 0, pitch, cols, lanes, y, v.yc);
+  if (!last) transpose_copy({row}, 0, pitch, cols, lanes, y, v.yc);
 }

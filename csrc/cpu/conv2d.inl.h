@@ -41,9 +41,9 @@ struct Span {
     const int64_t start = output * axis.stride - axis.pad, phases = least(t.step, axis.taps);
     while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
     if (t.first == phases) return t;
-    t.count = (axis.taps - t.first + t.step - 1) / t.step;
+    t.count = ceil_div(axis.taps - t.first, t.step);
     if (apart) {
-      t.at = t.first * run + (output - o + axis.up - 1) / axis.up;
+      t.at = t.first * run + ceil_div(output - o, axis.up);
       t.at_step = t.step * run;
     } else {
       t.at = (start + t.first * axis.dilation) / axis.up - begin(0);
@@ -72,15 +72,14 @@ struct Cut {
       cols = round_up((cols + 1) / 2, even);
     rows = even;
     while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
-    const int64_t count_h = (v.h.out + rows - 1) / rows;
-    rows = round_up((v.h.out + count_h - 1) / count_h, even);
-    count_w = (v.w.out + cols - 1) / cols;
+    const int64_t count_h = ceil_div(v.h.out, rows);
+    rows = round_up(ceil_div(v.h.out, count_h), even);
+    count_w = ceil_div(v.w.out, cols);
     count = count_h * count_w;
     x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
     g_pitch = round_up(v.K);
     g_floats = rows * cols * g_pitch + kTileCols;
   }
-  static int64_t round_up(int64_t n, int64_t to = Vec::kWidth) { return (n + to - 1) / to * to; }
 };
 
 // One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
@@ -128,8 +127,8 @@ struct Planes {
   Planes(const Conv2d& v, const Cut& cut) {
     constexpr int64_t kBeyond = 4 * Vec::kWidth;  // the last tile's
     const int64_t cols = Span(v.w, 0, cut.cols).size();
-    in_pitch = Cut::round_up(Span(v.h, 0, cut.rows).size() * cols);
-    out_pitch = Cut::round_up(cut.rows * cols) + kBeyond;
+    in_pitch = round_up(Span(v.h, 0, cut.rows).size() * cols);
+    out_pitch = round_up(cut.rows * cols) + kBeyond;
     const int64_t in = v.x.C * in_pitch;  // and the same again, channels last
     out = 2 * in + kBeyond;
     rows = out + v.K * out_pitch;
@@ -149,7 +148,7 @@ static int64_t conv2d_scratch(const Conv2d& v) {
 
 // Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k.
 static int64_t conv2d_panels(const Conv2d& v) {
-  return v.groups * ((v.K / v.groups + kTileCols - 1) / kTileCols);
+  return v.groups * ceil_div(v.K / v.groups, kTileCols);
 }
 static int64_t conv2d_panel_floats(const Conv2d& v) {
   return v.h.taps * v.w.taps * (v.x.C / v.groups) * kTileCols;
@@ -171,137 +170,64 @@ static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t beg
   for (int64_t i = begin; i < end; ++i) {
     const Panel p(v, i);
     float* panel = to + i * conv2d_panel_floats(v);
-    const int64_t from = p.group * f.sg + p.k * f.so;
+    const float* const from = f.data + p.group * f.sg + p.k * f.so;
     for (int64_t kh = 0; kh < v.h.taps; ++kh)
       for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols) {
-        const int64_t tap = from + kh * f.sh + kw * f.sw;
-        store_zeros(panel, c * kTileCols);
-        if (f.si == 1)
-          transpose_copy({f.data, nullptr}, tap, f.so, p.lanes, c, panel, kTileCols);
-        else
-          for (int64_t j = 0; j < c; ++j)
-            for (int64_t o = 0; o < p.lanes; ++o)
-              panel[j * kTileCols + o] = f.data[tap + j * f.si + o * f.so];
+        const Matrix tap = {from + kh * f.sh + kw * f.sw, f.so, f.si};
+        pack_panel<kTileCols>(tap, 0, p.lanes, 0, c, panel);
       }
   }
 }
 
 // ---- forward, and grad_input, which is one with up = stride ----------------------------------
 
-// Outputs of one row whose windows lie alike, by one panel's channels.
-struct ConvRow {
-  const float* x;  // the first output's first tap
-  int64_t x_step, x_row, x_col;
-  const float* weight;
-  int64_t weight_row, weight_col;
-  int64_t rows, cols, depth;  // the taps, and the floats of each
-  float* y;
-  int64_t y_step, lanes;
-  const float* bias;  // of the panel, or null
-  bool relu;
-
-  template <int R, int V>
-  void tile(int64_t pixel) const {
-    Tile<R, V> t;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j)
-        t.add_rows(x + pixel * x_step + i * x_row + j * x_col, x_step,
-                   weight + i * weight_row + j * weight_col, kTileCols, depth);
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const int64_t n = least(lanes - v * Vec::kWidth, Vec::kWidth);
-      const Vec b = bias ? Vec::load(bias + v * Vec::kWidth, n) : Vec::zero();
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        Vec z = t.c[r][v] + b;
-        if (relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
-        store(z, y + (pixel + r) * y_step + v * Vec::kWidth, n);
-      }
-    }
-  }
-
-  template <int R = kTileRows>
-  void tiles(int64_t pixel, int64_t pixels) const {
-    if constexpr (R > 1)
-      if (pixels < R) return tiles<R - 1>(pixel, pixels);
-    if (lanes > Vec::kWidth)
-      tile<R, 2>(pixel);
-    else
-      tile<R, 1>(pixel);
-  }
-
-  // As few tiles as can be, all of about one size.
-  void run(int64_t pixels) const {
-    const int64_t count = (pixels + kTileRows - 1) / kTileRows;
-    for (int64_t i = 0, p = 0; i < count; ++i) {
-      const int64_t end = pixels * (i + 1) / count;
-      tiles(p, end - p);
-      p = end;
-    }
-  }
-};
-
 // Row h of a block, one panel, all columns [w, w_end), to y: a pixel every y_step floats.
 static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
                        const float* weight, int64_t h, float* y, int64_t y_step) {
-  const int64_t C = v.x.C, c = C / v.groups;
+  const int64_t C = v.x.C, c = C / v.groups, lanes = p.lanes;
   const Taps th = b.rows.taps(h);
-  const int64_t x_row = b.cols.size() * C;
+  const int64_t x_row = b.cols.size() * C, x_step = b.cols.output_step() * C;
   for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
     const Taps tw = b.cols.taps(w);
     const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
-    const ConvRow row = {.x = x + th.at * x_row + tw.at * C + p.group * c,
-                         .x_step = b.cols.output_step() * C,
-                         .x_row = th.at_step * x_row,
-                         .x_col = tw.at_step * C,
-                         .weight = weight + (th.first * v.w.taps + tw.first) * c * kTileCols,
-                         .weight_row = th.step * v.w.taps * c * kTileCols,
-                         .weight_col = tw.step * c * kTileCols,
-                         .rows = tw.count ? th.count : 0,
-                         .cols = joined ? 1 : tw.count,
-                         .depth = joined ? tw.count * c : c,
-                         .y = y + (w - b.w) * y_step,
-                         .y_step = v.w.up * y_step,
-                         .lanes = p.lanes,
-                         .bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
-                         .relu = v.relu};
-    row.run((b.w_end - w + v.w.up - 1) / v.w.up);
+    const int64_t taps_h = tw.count ? th.count : 0, taps_w = joined ? 1 : tw.count;
+    const int64_t depth = joined ? tw.count * c : c;
+    const float* const first = x + th.at * x_row + tw.at * C + p.group * c;
+    const int64_t first_row = th.at_step * x_row, first_col = tw.at_step * C;
+    const float* const panel = weight + (th.first * v.w.taps + tw.first) * c * kTileCols;
+    const int64_t panel_row = th.step * v.w.taps * c * kTileCols;
+    const int64_t panel_col = tw.step * c * kTileCols;
+    const GemmOutput out = {
+        .c = y + (w - b.w) * y_step,
+        .row = v.w.up * y_step,
+        .col_bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
+        .relu = v.relu};
+    // Inline: a short sum is over before as many references are followed (10 % for one channel).
+    each_tile(ceil_div(b.w_end - w, v.w.up), lanes,
+              [&]<int R, int V>(int64_t pixel) __attribute__((always_inline)) {
+                Tile<R, V> tile;
+                for (int64_t i = 0; i < taps_h; ++i)
+                  for (int64_t j = 0; j < taps_w; ++j)
+                    tile.add_rows(first + pixel * x_step + i * first_row + j * first_col, x_step,
+                                  panel + i * panel_row + j * panel_col, kTileCols, depth);
+                tile.store(out, pixel, 0, lanes);
+              });
   }
 }
 
 // Outputs [o, o + V * kWidth) of R planes, the inputs of o's first tap at x.
+// Not inline: the loops around it would take its registers (10 % for one channel).
 template <int R, int V>
-static void planes_tile(const Conv2d& v, const float* weight, const float* x, int64_t x_pitch,
-                        int64_t row, float* y, int64_t y_pitch) {
+__attribute__((noinline)) static void planes_tile(const Conv2d& v, const float* weight,
+                                                  const float* x, int64_t x_pitch, int64_t row,
+                                                  const GemmOutput& y, int64_t o) {
   const int64_t C = v.x.C, tap = C * kTileCols;
-  Tile<R, V> t;
+  Tile<R, V> tile;
   for (int64_t c = 0; c < C; ++c)
     for (int64_t kh = 0; kh < v.h.taps; ++kh)
-      t.add_columns(weight + kh * v.w.taps * tap + c * kTileCols, tap,
-                    x + c * x_pitch + kh * v.h.dilation * row, v.w.dilation, v.w.taps);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const Vec bias = v.bias ? Vec::fill(v.bias[r]) : Vec::zero();
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      Vec z = t.c[r][i] + bias;
-      if (v.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
-      z.store(y + r * y_pitch + i * Vec::kWidth);
-    }
-  }
-}
-
-template <int R = kFewChannels>
-static void planes_tiles(const Conv2d& v, const float* weight, const float* x, int64_t x_pitch,
-                         int64_t row, float* y, int64_t y_pitch, int64_t size) {
-  if constexpr (R > 1)
-    if (v.K < R) return planes_tiles<R - 1>(v, weight, x, x_pitch, row, y, y_pitch, size);
-  constexpr int V = least(4, most(1, kTileRows * kTileVecs / R)), kStep = V * Vec::kWidth;
-  int64_t o = 0;
-  for (; o + kStep <= size; o += kStep)
-    planes_tile<R, V>(v, weight, x + o, x_pitch, row, y + o, y_pitch);
-  for (; o < size; o += Vec::kWidth)
-    planes_tile<R, 1>(v, weight, x + o, x_pitch, row, y + o, y_pitch);
+      tile.add_columns(weight + kh * v.w.taps * tap + c * kTileCols, tap,
+                       x + o + c * x_pitch + kh * v.h.dilation * row, v.w.dilation, v.w.taps);
+  tile.store(y, 0, o);
 }
 
 static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const float* weight,
@@ -313,22 +239,30 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
   } else {
     float* const last = scratch + C * p.in_pitch;
     b.load(v.x, 0, C, last);
-    transpose_copy({last, nullptr}, 0, C, pixels, C, scratch, p.in_pitch);
+    transpose_copy({last}, 0, C, pixels, C, scratch, p.in_pitch);
   }
   const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, pool = v.argmax ? 2 : 1;
   float* const out = scratch + p.out;
-  planes_tiles(v, weight, scratch, p.in_pitch, row, out, p.out_pitch, (rows - 1) * row + cols);
+  const GemmOutput y = {.c = out, .row = p.out_pitch, .row_bias = v.bias, .relu = v.relu};
+  const int64_t size = (rows - 1) * row + cols;
+  with_rows<kFewChannels>(v.K, [&]<int R>() {
+    constexpr int V = least(4, most(1, kTileRows * kTileVecs / R)), kStep = V * Vec::kWidth;
+    int64_t o = 0;
+    for (; o + kStep <= size; o += kStep)
+      planes_tile<R, V>(v, weight, scratch, p.in_pitch, row, y, o);
+    for (; o < size; o += Vec::kWidth) planes_tile<R, 1>(v, weight, scratch, p.in_pitch, row, y, o);
+  });
   for (int64_t h = 0; h < rows; h += pool) {
     if (v.yc != 1 && !v.argmax) {
       for (int64_t k = 0; k < v.K; ++k)
-        pack_run({out, nullptr}, k * p.out_pitch + h * row, cols, cols,
+        pack_run({out}, k * p.out_pitch + h * row, cols, cols,
                  v.y + b.n * v.yn + k * v.yc + (b.h + h) * v.yh + b.w);
       continue;
     }
     float* const last = scratch + p.rows;
     for (int64_t r = 0; r < pool; ++r)
-      transpose_copy({out, nullptr}, (h + r) * row, p.out_pitch, v.K, cols,
-                     last + r * cols * kPixel, kPixel);
+      transpose_copy({out}, (h + r) * row, p.out_pitch, v.K, cols, last + r * cols * kPixel,
+                     kPixel);
     store_row(v, b.n, b.h + h, b.w, cols, 0, v.K, last, last + cols * kPixel, kPixel,
               last + 2 * cols * kPixel);
   }
@@ -373,57 +307,6 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
 
 // sums (groups, KH, KW, c, k): of x's windows times the gradient g, over blocks [begin, end).
-struct ConvColumns {
-  const float *x, *g;
-  int64_t x_step, x_row, g_pitch, rows, cols;
-  float* sums;
-  int64_t pitch, lanes;
-  bool add;
-
-  template <int R, int V>
-  void tile(int64_t j) const {
-    for (int64_t i = 0, end; i < rows; i = end) {
-      end = least(rows, i + most(kDepth / cols, 1));  // sums of sums, for their error
-      tile<R, V>(j, i, end, add || i > 0);
-    }
-  }
-
-  template <int R, int V>
-  void tile(int64_t j, int64_t row, int64_t row_end, bool add) const {
-    Tile<R, V> t;
-    for (int64_t i = row; i < row_end; ++i)
-      t.add_columns(x + i * x_row + j, x_step, g + i * cols * g_pitch, g_pitch, cols);
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const int64_t n = least(lanes - v * Vec::kWidth, Vec::kWidth);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        float* to = sums + (j + r) * pitch + v * Vec::kWidth;
-        store(add ? t.c[r][v] + load(to, n) : t.c[r][v], to, n);
-      }
-    }
-  }
-
-  template <int R = kTileRows>
-  void tiles(int64_t j, int64_t size) const {
-    if constexpr (R > 1)
-      if (size < R) return tiles<R - 1>(j, size);
-    if (lanes > Vec::kWidth)
-      tile<R, 2>(j);
-    else
-      tile<R, 1>(j);
-  }
-
-  void run(int64_t size) const {
-    const int64_t count = (size + kTileRows - 1) / kTileRows;
-    for (int64_t i = 0, j = 0; i < count; ++i) {
-      const int64_t end = size * (i + 1) / count;
-      tiles(j, end - j);
-      j = end;
-    }
-  }
-};
-
 static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
                                int64_t panel_begin, int64_t panel_end, float* sums,
                                float* bias_sums, float* scratch) {
@@ -434,20 +317,22 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
     const Block b(v, cut, i);
     b.load(v.x, 0, C, scratch);
     const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
+    const int64_t x_step = b.cols.output_step() * C, out_row = b.rows.output_step() * x_row;
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
     const bool joined = v.groups == 1 && tw.at_step == 1;  // taps along memory
     load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, v.K, cut.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(v, q);
-      const float* g = g_block + p.group * k + p.k;
+      const int64_t lanes = p.lanes, g_pitch = cut.g_pitch;
+      const float* const g = g_block + p.group * k + p.k;
       if (bias_sums) {
-        each_vector(0, p.lanes, [&](int64_t lane, int64_t n) {
+        each_vector(0, lanes, [&](int64_t lane, int64_t n) {
           float* to = bias_sums + p.group * k + p.k + lane;
           Vec total = i > begin ? load(to, n) : Vec::zero();
           for (int64_t w = 0; w < rows * cols;) {  // sums of 16 first, for their error
             Vec sum = Vec::zero();
             for (const int64_t some = least(rows * cols, w + 16); w < some; ++w)
-              sum = sum + Vec::load(g + w * cut.g_pitch + lane);
+              sum = sum + Vec::load(g + w * g_pitch + lane);
             total = total + sum;
           }
           store(total, to, n);
@@ -456,19 +341,20 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
       if (!sums) continue;
       for (int64_t kh = 0; kh < v.h.taps; ++kh)
         for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
-          const ConvColumns columns = {
-              .x = scratch + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c,
-              .g = g,
-              .x_step = b.cols.output_step() * C,
-              .x_row = b.rows.output_step() * x_row,
-              .g_pitch = cut.g_pitch,
-              .rows = rows,
-              .cols = cols,
-              .sums = sums + ((p.group * taps + kh * v.w.taps + kw) * c) * k + p.k,
-              .pitch = k,
-              .lanes = p.lanes,
-              .add = i > begin};
-          columns.run(joined ? v.w.taps * c : c);
+          const float* const first =
+              scratch + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c;
+          const GemmOutput out = {.c = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k,
+                                  .row = k};
+          const int64_t step = most(kDepth / cols, 1);  // sums of sums, for their error
+          each_tile(joined ? v.w.taps * c : c, lanes, [=]<int R, int V>(int64_t j) {
+            for (int64_t h = 0; h < rows; h += step) {
+              Tile<R, V> tile;
+              for (int64_t r = h; r < least(rows, h + step); ++r)
+                tile.add_columns(first + r * out_row + j, x_step, g + r * cols * g_pitch, g_pitch,
+                                 cols);
+              tile.store(out, j, 0, lanes, {.first = i == begin && h == 0});
+            }
+          });
         }
     }
   }
@@ -488,11 +374,7 @@ static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, f
       for (int64_t kw = 0; kw < v.w.taps; ++kw) {
         const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
         float* tap = to + p.group * f.sg + p.k * f.so + kh * f.sh + kw * f.sw;
-        if (f.si == 1)
-          transpose_copy({from, nullptr}, 0, k, c, p.lanes, tap, f.so);
-        else
-          for (int64_t o = 0; o < p.lanes; ++o)
-            for (int64_t i = 0; i < c; ++i) tap[o * f.so + i * f.si] = from[i * k + o];
+        unpack_panel(from, k, p.lanes, c, tap, f.so, f.si);
       }
   }
 }

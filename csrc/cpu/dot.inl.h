@@ -40,8 +40,9 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
   }
   for (int64_t r = 0; r < rows; ++r)
     each_vector(0, cols, [&](int64_t s, int64_t lanes) {
-      Vec z = load(c + r * S + s, lanes);
-      finish<1>([&](int) -> Vec& { return z; }, out, m + r, n + s, lanes, {true, true});
+      Tile<1, 1> tile;
+      tile.c[0][0] = load(c + r * S + s, lanes);
+      tile.store(out, m + r, n + s, lanes);
     });
 }
 

@@ -3,53 +3,16 @@
 // by side; what lies otherwise or is masked is packed into panels (pack.inl.h) first. The sum over
 // k runs in blocks of the same depth, each in order, whatever the part: same bits always.
 
-constexpr int64_t kTileCols = kTileVecs * Vec::kWidth;
 constexpr int64_t kDepth = 512;                 // at most: a longer sum makes fewer passes over C
 constexpr int64_t kBlockRows = 12 * kTileRows;  // a block of A and a block of B share L2
 constexpr int64_t kBlockCols = 16 * kTileCols;
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth;
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Which part of a tile's sum this is.
-struct Step {
-  bool first, last;
-};
 
 // Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
 struct View {
   const float* p;
   int64_t row, col;
 };
-
-// The epilogue and the store, for R vectors z(r) of rows m + r from column n. A short sum is over
-// before many branches are, so they stand outside the loops.
-template <int R, class Z>
-__attribute__((always_inline)) static inline void finish(const Z& z, const GemmOutput& out,
-                                                         int64_t m, int64_t n, int64_t lanes,
-                                                         Step step) {
-  float* const c = out.c + m * out.row + n;
-  if (!step.first || out.accumulate)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + load(c + r * out.row, lanes);
-  if (step.last && out.row_bias)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + Vec::fill(out.row_bias[m + r]);
-  if (step.last && out.col_bias) {
-    const Vec bias = load(out.col_bias + n, lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = z(r) + bias;
-  }
-  if (step.last && out.relu)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r) = max(Vec::zero(), z(r));  // this order keeps NaN and -0.0
-  if (lanes == Vec::kWidth)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row);
-  else
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) z(r).store(c + r * out.row, lanes);
-}
 
 // One tile of C, R rows by V vectors of which `cols` columns exist.
 template <int R, int V>
@@ -60,28 +23,23 @@ static void gemm_tile(View a, View b, int64_t depth, const GemmOutput& out, int6
     tile.add_columns(a.p, a.col, b.p, b.col, depth);
   else
     tile.add_rows(a.p, a.row, b.p, b.col, depth);
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v)
-    finish<R>([&](int r) -> Vec& { return tile.c[r][v]; }, out, m, n + v * Vec::kWidth,
-              least(cols - v * Vec::kWidth, Vec::kWidth), step);
+  tile.store(out, m, n, cols, step);
 }
 
 // The tile for the rows that exist; one vector wide where that is enough, and wide for one or two
 // rows, which would wait for their own sums otherwise.
 constexpr int64_t kWideVecs = 8, kWideCols = kWideVecs * Vec::kWidth;
-template <int R = kTileRows>
 static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOutput& out, int64_t m,
                       int64_t n, int64_t cols, Step step) {
-  if constexpr (R > 1)
-    if (rows < R) return gemm_tile<R - 1>(rows, a, b, depth, out, m, n, cols, step);
-  if (R <= 2 && cols == kWideCols)
-    gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
-  else if (cols > Vec::kWidth)
-    gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
-  else
-    gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
+  with_rows(rows, [&]<int R>() {
+    if (R <= 2 && cols == kWideCols)
+      gemm_tile<R, R <= 2 ? kWideVecs : 2>(a, b, depth, out, m, n, cols, step);
+    else if (cols > Vec::kWidth)
+      gemm_tile<R, 2>(a, b, depth, out, m, n, cols, step);
+    else
+      gemm_tile<R, 1>(a, b, depth, out, m, n, cols, step);
+  });
 }
-static_assert(kTileVecs == 2);
 
 // row_sums[m] from a tile's rows, which lie side by side in cache: sums of 16 first, for their
 // error.
@@ -100,43 +58,29 @@ static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool a
   }
 }
 
-// Where an operand lies, unless it has to be packed.
-template <class T>
-static const Matrix* in_place(const T&) {
-  return nullptr;
-}
-static const Matrix* in_place(const MatrixRows& rows) { return rows.m.relu_y ? nullptr : &rows.m; }
-
 // How much of the depth is packed at a time, all panels of a block: little where the panels lie
 // side by side, so that each page is met once.
-template <class T>
-static int64_t pack_step(const T&) {
-  return kDepth;
-}
-static int64_t pack_step(const MatrixRows& rows) { return rows.m.row == 1 ? 16 : kDepth; }
+static int64_t pack_step(const Matrix& x) { return x.row == 1 ? 16 : kDepth; }
 
 // Panels of W for rows [i0, i0 + rows), `step` rows in each.
-template <int64_t W, class T>
-static void pack_block(const T& x, int64_t i0, int64_t rows, int64_t step, int64_t k0,
+template <int64_t W>
+static void pack_block(const Matrix& x, int64_t i0, int64_t rows, int64_t step, int64_t k0,
                        int64_t depth, float* panels) {
   const int64_t most = pack_step(x);
   for (int64_t k = 0; k < depth; k += most) {
     float* p = panels + k * W;
     for (int64_t i = 0; i < rows; i += step, p += depth * W)
-      x.template pack<W>(i0 + i, least(rows - i, step), k0 + k, least(depth - k, most), p);
+      pack_panel<W>(x, i0 + i, least(rows - i, step), k0 + k, least(depth - k, most), p);
   }
 }
 
-template <class A, class B>
-static void gemm_part(const A& a, const B& b, int64_t K, const GemmOutput& out,
-                      const GemmPart& part, float* scratch) {
-  const Matrix *a_matrix = in_place(a), *b_matrix = in_place(b);
-  const bool a_lies = a_matrix && (a_matrix->row == 1 || (a_matrix->col == 1 && !out.row_sums));
+static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                 const GemmPart& part, float* scratch) {
+  const bool a_lies = !a.relu_y && (a.row == 1 || (a.col == 1 && !out.row_sums));
   // Where B's rows are a large power of two apart, all fall into the same few sets of a cache.
   // Tiles that take two lines of each row bear that better (measured on Zen 5).
-  const bool b_falls = b_matrix && b_matrix->col % (kTileCols < 32 ? 1024 : 4096) == 0;
-  const bool b_lies =
-      b_matrix && b_matrix->row == 1 && (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
+  const bool b_falls = b.col % (kTileCols < 32 ? 1024 : 4096) == 0;
+  const bool b_lies = !b.relu_y && b.row == 1 && (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
   float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
   // Tiles of even height, depth alike: 15 rows are 8 and 7, not 14 and 1.
   const int64_t M = part.m1 - part.m0;
@@ -160,17 +104,15 @@ static void gemm_part(const A& a, const B& b, int64_t K, const GemmOutput& out,
         if (!a_lies) pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
         const auto a_view = [&](int64_t i) -> View {
           if (!a_lies) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
-          const Matrix& x = *a_matrix;
-          return {x.data + (m + i) * x.row + k * x.col, x.row, x.col};
+          return {a.data + (m + i) * a.row + k * a.col, a.row, a.col};
         };
         if (out.row_sums && n == 0)
           for (int64_t i = 0; i < rows; i += tile_rows)
             sum_columns(a_view(i), least(rows - i, tile_rows), depth, out.row_sums + m + i,
                         !step.first || out.accumulate);
         const auto tile = [&](int64_t i, int64_t j, int64_t most) {
-          const View b_view =
-              j < whole ? View{b_matrix->data + n + j + k * b_matrix->col, 1, b_matrix->col}
-                        : View{b_block + (j - whole) * depth, 1, kTileCols};
+          const View b_view = j < whole ? View{b.data + n + j + k * b.col, 1, b.col}
+                                        : View{b_block + (j - whole) * depth, 1, kTileCols};
           gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
                     least(cols - j, most), step);
         };
@@ -190,11 +132,6 @@ static void gemm_part(const A& a, const B& b, int64_t K, const GemmOutput& out,
     } while (k < K);
     n += cols;
   } while (n < part.n1);
-}
-
-static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                 const GemmPart& part, float* scratch) {
-  gemm_part(MatrixRows{a}, MatrixRows{b}, K, out, part, scratch);
 }
 
 static void sum_rows(const float* x, int64_t rows, int64_t n, float* y, int64_t begin,

@@ -2,6 +2,10 @@
 
 static constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t round_up(int64_t n, int64_t to = Vec::kWidth) {
+  return ceil_div(n, to) * to;
+}
 
 // n <= Vec::kWidth elements, with a plain load or store where that is a whole vector.
 static inline Vec load(const float* p, int64_t n) {

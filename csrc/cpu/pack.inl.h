@@ -1,10 +1,10 @@
 // Panels for the GEMM: W rows of an operand side by side, panel[k * W + i] = operand(i, k), zeros
-// for rows that are not there. What an operand has to know is only how to pack itself.
+// for rows that are not there.
 
 // Elements read through the gradient of a ReLU: 0 where relu_y <= 0 (so a NaN in y lets it pass).
 struct Source {
   const float* x;
-  const float* relu_y;
+  const float* relu_y = nullptr;
 
   float at(int64_t i) const { return relu_y && relu_y[i] <= 0 ? 0.0f : x[i]; }
   Vec at(int64_t i, int64_t n) const {
@@ -13,9 +13,29 @@ struct Source {
   }
 };
 
-// Rows that lie along memory: panel(i, k) = s[offset[i] + k], or 0 where offset[i] < 0.
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < cols.
+static void transpose_copy(const Source& s, int64_t from, int64_t from_pitch, int64_t rows,
+                           int64_t cols, float* to, int64_t to_pitch) {
+  constexpr int64_t V = Vec::kWidth;
+  for (int64_t i0 = 0; i0 < rows; i0 += V)
+    for (int64_t j0 = 0; j0 < cols; j0 += V) {
+      const int64_t lanes = least(rows - i0, V), n = least(cols - j0, V);
+      Vec r[V];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < V; ++i)
+        r[i] = i < lanes ? s.at(from + (i0 + i) * from_pitch + j0, n) : Vec::zero();
+      transpose(r);
+      float* const p = to + j0 * to_pitch + i0;
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < V; ++j)
+        if (j < n) store(r[j], p + j * to_pitch, lanes);
+    }
+}
+
+// The same into a panel, whose width is known when compiling: panel(i, k) = s[from + i * pitch +
+// k].
 template <int64_t W>
-static void pack_rows(const Source& s, const int64_t* offset, int64_t rows, int64_t depth,
+static void pack_rows(const Source& s, int64_t from, int64_t pitch, int64_t rows, int64_t depth,
                       float* panel) {
   constexpr int64_t V = Vec::kWidth;
   for (int64_t i0 = 0; i0 < W; i0 += V) {
@@ -24,10 +44,8 @@ static void pack_rows(const Source& s, const int64_t* offset, int64_t rows, int6
       const int64_t n = least(depth - k, V);
       Vec r[V];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < V; ++i) {
-        const bool here = i0 + i < rows && offset[i0 + i] >= 0;
-        r[i] = here ? s.at(offset[i0 + i] + k, n) : Vec::zero();
-      }
+      for (int64_t i = 0; i < V; ++i)
+        r[i] = i0 + i < rows ? s.at(from + (i0 + i) * pitch + k, n) : Vec::zero();
       transpose(r);
       float* p = panel + k * W + i0;
       if (n == V) {
@@ -41,7 +59,7 @@ static void pack_rows(const Source& s, const int64_t* offset, int64_t rows, int6
 }
 
 // Rows side by side in memory: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
-static void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, float* row) {
+static inline void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, float* row) {
   for (int64_t i = 0; i < lanes; i += Vec::kWidth) {
     const int64_t have = i < n ? least(n - i, Vec::kWidth) : 0;
     const Vec v = have ? s.at(offset + i, have) : Vec::zero();
@@ -49,23 +67,27 @@ static void pack_run(const Source& s, int64_t offset, int64_t n, int64_t lanes, 
   }
 }
 
-struct MatrixRows {
-  const Matrix& m;
-
-  template <int64_t W>
-  void pack(int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* panel) const {
-    const Source s = {m.data, m.relu_y};
-    const int64_t start = i0 * m.row + k0 * m.col;
-    if (m.row == 1) {
-      for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
-    } else if (m.col == 1) {
-      int64_t offset[W] = {};
-      for (int64_t i = 0; i < rows; ++i) offset[i] = start + i * m.row;
-      pack_rows<W>(s, offset, rows, depth, panel);
-    } else {
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t i = 0; i < W; ++i)
-          panel[k * W + i] = i < rows ? s.at(start + i * m.row + k * m.col) : 0.0f;
-    }
+// Rows [i0, i0 + rows) of m, elements [k0, k0 + depth) of each.
+template <int64_t W>
+static void pack_panel(const Matrix& m, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
+                       float* panel) {
+  const Source s = {m.data, m.relu_y};
+  const int64_t start = i0 * m.row + k0 * m.col;
+  if (m.row == 1) {
+    for (int64_t k = 0; k < depth; ++k) pack_run(s, start + k * m.col, rows, W, panel + k * W);
+  } else if (m.col == 1) {
+    pack_rows<W>(s, start, m.row, rows, depth, panel);
+  } else {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t i = 0; i < W; ++i)
+        panel[k * W + i] = i < rows ? s.at(start + i * m.row + k * m.col) : 0.0f;
   }
-};
+}
+
+// to[i * row + k * col] = panel[k * pitch + i] for i < rows, k < depth.
+static void unpack_panel(const float* panel, int64_t pitch, int64_t rows, int64_t depth, float* to,
+                         int64_t row, int64_t col) {
+  if (col == 1) return transpose_copy({panel}, 0, pitch, depth, rows, to, row);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < depth; ++k) to[i * row + k * col] = panel[k * pitch + i];
+}

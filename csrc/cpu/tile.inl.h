@@ -1,6 +1,13 @@
 // The register tile that every product here is made of: C[r, v] += sum_k A[r, k] * B[k, v], R
 // elements of A broadcast against V vectors of B. R * V accumulators stay in registers.
 
+constexpr int64_t kTileCols = kTileVecs * Vec::kWidth;
+
+// Which part of a tile's sum this is.
+struct Step {
+  bool first = true, last = true;
+};
+
 template <int R, int V>
 struct Tile {
   Vec c[R][V];
@@ -33,7 +40,42 @@ struct Tile {
     }
   }
 
+  // The epilogue, to rows m + r and columns n to n + cols of C. A short sum is over before many
+  // branches are, so they stand outside the loops.
+  __attribute__((always_inline)) void store(const GemmOutput& out, int64_t m, int64_t n,
+                                            int64_t cols = V * Vec::kWidth, Step step = {}) {
+    float* const to = out.c + m * out.row + n;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      store_lanes(v, out, m, n + v * Vec::kWidth, to + v * Vec::kWidth,
+                  least(cols - v * Vec::kWidth, Vec::kWidth), step);
+  }
+
  private:
+  __attribute__((always_inline)) void store_lanes(int v, const GemmOutput& out, int64_t m,
+                                                  int64_t n, float* to, int64_t lanes, Step step) {
+    if (!step.first || out.accumulate)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v] = c[r][v] + load(to + r * out.row, lanes);
+    if (step.last && out.row_bias)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v] = c[r][v] + Vec::fill(out.row_bias[m + r]);
+    if (step.last && out.col_bias) {
+      const Vec bias = load(out.col_bias + n, lanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v] = c[r][v] + bias;
+    }
+    if (step.last && out.relu)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v] = max(Vec::zero(), c[r][v]);  // keeps NaN and -0.0
+    if (lanes == Vec::kWidth)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v].store(to + r * out.row);
+    else
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) c[r][v].store(to + r * out.row, lanes);
+  }
+
   template <class A>
   __attribute__((always_inline)) void add(const float* b, const A& a) {
     Vec bk[V];
@@ -47,3 +89,26 @@ struct Tile {
     }
   }
 };
+
+// f<R>() for R = rows, 1 to kMost: a tile knows how many rows it has when it is compiled.
+template <int kMost = kTileRows, class F>
+__attribute__((always_inline)) static inline void with_rows(int64_t rows, const F& f) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return with_rows<kMost - 1>(rows, f);
+  f.template operator()<kMost>();
+}
+
+// f<R, V>(i) for the rows i to i + R of as few tiles as make up [0, rows), all of about one height,
+// and as many vectors as `cols` columns of a panel need.
+template <class F>
+__attribute__((always_inline)) static inline void each_tile(int64_t rows, int64_t cols,
+                                                            const F& f) {
+  static_assert(kTileVecs == 2);
+  const int64_t count = ceil_div(rows, kTileRows);
+  for (int64_t t = 0, i = 0, end; t < count; ++t, i = end) {
+    end = rows * (t + 1) / count;
+    with_rows(end - i, [&]<int R>() __attribute__((always_inline)) {
+      cols > Vec::kWidth ? f.template operator()<R, 2>(i) : f.template operator()<R, 1>(i);
+    });
+  }
+}

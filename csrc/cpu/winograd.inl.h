@@ -116,12 +116,12 @@ struct WinogradCut {
 
   explicit WinogradCut(const Conv2d& v) {
     constexpr int64_t kCols = 16;
-    tile_rows = (v.h.out + M - 1) / M, tile_cols = (v.w.out + M - 1) / M;
-    count_w = (tile_cols + kCols - 1) / kCols;
-    cols = (tile_cols + count_w - 1) / count_w;
+    tile_rows = ceil_div(v.h.out, M), tile_cols = ceil_div(v.w.out, M);
+    count_w = ceil_div(tile_cols, kCols);
+    cols = ceil_div(tile_cols, count_w);
     rows = least(tile_rows, most(1, kTiles / cols));
-    const int64_t count_h = (tile_rows + rows - 1) / rows;
-    rows = (tile_rows + count_h - 1) / count_h;
+    const int64_t count_h = ceil_div(tile_rows, rows);
+    rows = ceil_div(tile_rows, count_h);
     count = count_h * count_w;
     batch = most(1, kTiles / (rows * cols));
     tiles = batch * rows * cols;
@@ -132,7 +132,7 @@ struct WinogradCut {
   }
   // Rows and planes a power of two apart would meet in the same few sets of the cache.
   static int64_t pitch_of(int64_t channels) {
-    const int64_t lines = (channels + 15) / 16;
+    const int64_t lines = ceil_div(channels, 16);
     return 16 * (lines + (lines % 8 == 0));
   }
   static int64_t plane_of(int64_t tiles, int64_t pitch) { return (tiles * pitch / 16 | 1) * 16; }
@@ -174,7 +174,7 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
     for (int64_t k = c; k < c_end; k += channels) {
       const int64_t row_end = least(row + rows, b.rows);
       const int64_t count = least(c_end - k, channels);
-      const int64_t part_pitch = (count + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+      const int64_t part_pitch = round_up(count);
       load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
                  cols, k, count, part_pitch, scratch);
       float* tile = to + row * b.cols * pitch + k - c;
@@ -193,7 +193,7 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
 
 // Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of
 // grad_weight.
-static int64_t winograd_panels(const Conv2d& v) { return (v.K + kTileCols - 1) / kTileCols; }
+static int64_t winograd_panels(const Conv2d& v) { return ceil_div(v.K, kTileCols); }
 template <int M>
 static int64_t winograd_panel_floats(const Conv2d& v) {
   return WinogradCut<M>::kPoints * v.x.C * kTileCols;
@@ -204,7 +204,7 @@ static int64_t winograd_sum_floats(const Conv2d& v) {
   return winograd_panels(v) * winograd_panel_floats<M>(v);
 }
 
-// Inputs whose weights are turned on their side at a time: taps[input][tap][output].
+// Inputs whose weights are turned on their side at a time.
 constexpr int64_t kFilterInputs = 16;
 
 template <int M>
@@ -214,34 +214,25 @@ static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t b
   float taps[kFilterInputs * 9 * kTileCols];
   for (int64_t p = begin; p < end; ++p) {
     const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
-    store_zeros(taps, kFilterInputs * 9 * kTileCols);
     for (int64_t c = 0; c < C; c += kFilterInputs) {
       const int64_t inputs = least(C - c, kFilterInputs);
-      const int64_t from = p * kTileCols * f.so + c * f.si;
+      const float* const from = f.data + p * kTileCols * f.so + c * f.si;
       const bool turned = f.sw == -1 && f.sh == -3;  // taps along memory, last to first
-      if (turned || (f.sw == 1 && f.sh == 3)) {
-        for (int64_t i = 0; i < inputs; ++i)
-          transpose_copy({f.data, nullptr}, from + i * f.si - (turned ? 8 : 0), f.so, lanes, 9,
-                         taps + i * 9 * kTileCols, kTileCols);
-      } else {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          const int64_t at = from + tap / 3 * f.sh + tap % 3 * f.sw;
-          float* const t = taps + tap * kTileCols;
-          if (f.si == 1)
-            transpose_copy({f.data, nullptr}, at, f.so, lanes, inputs, t, 9 * kTileCols);
-          else
-            for (int64_t i = 0; i < inputs; ++i)
-              for (int64_t o = 0; o < lanes; ++o)
-                t[i * 9 * kTileCols + o] = f.data[at + i * f.si + o * f.so];
-        }
-      }
+      const bool along = turned || (f.sw == 1 && f.sh == 3);
+      // taps[input][tap][output] or taps[tap][input][output], as the weights lie
+      const int64_t input = (along ? 9 : 1) * kTileCols, tap = (along ? 1 : inputs) * kTileCols;
+      for (int64_t i = 0; i < inputs && along; ++i)
+        pack_panel<kTileCols>({from + i * f.si - (turned ? 8 : 0), f.so, 1}, 0, lanes, 0, 9,
+                              taps + i * input);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        pack_panel<kTileCols>({from + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si}, 0, lanes, 0, inputs,
+                              taps + i * tap);
       for (int64_t i = 0; i < inputs; ++i)
         for (int64_t o = 0; o < kTileCols; o += Vec::kWidth) {
-          const float* t = taps + i * 9 * kTileCols + o;
+          const float* t = taps + i * input + o;
           float* const u = to + (p * kPoints * C + c + i) * kTileCols + o;
           const auto at = [&](int h, int w) {
-            const int tap = 3 * h + w;
-            return Vec::load(t + (turned ? 8 - tap : tap) * kTileCols);
+            return Vec::load(t + (turned ? 8 - 3 * h - w : 3 * h + w) * tap);
           };
           transform<Winograd<M>::kWeight>(
               at, [&](int h, int w, Vec e) { e.store(u + (h * (M + 2) + w) * C * kTileCols); });
@@ -262,29 +253,14 @@ static int64_t winograd_scratch(const Conv2d& v) {
   return cut.in_floats + cut.load_floats + most(forward, backward);
 }
 
-// to[t, k] = sum_c a[t, c] * u[c, k], for a panel's k and `rows` <= kTileRows tiles t.
-template <int V, int R = kTileRows>
-static void winograd_product(int64_t rows, const float* a, int64_t pitch, const float* u,
-                             int64_t depth, float* to) {
-  if constexpr (R > 1)
-    if (rows < R) return winograd_product<V, R - 1>(rows, a, pitch, u, depth, to);
-  Tile<R, V> t;
-  t.add_rows(a, pitch, u, kTileCols, depth);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) t.c[r][i].store(to + r * kTileCols + i * Vec::kWidth);
-}
-
-// f(begin, end) for as few ranges of [0, size) as kTileRows allows, all of about one length.
-template <class F>
-static inline void each_tile(int64_t size, const F& f) {
-  const int64_t count = (size + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0, begin = 0; i < count; ++i) {
-    const int64_t end = size * (i + 1) / count;
-    f(begin, end);
-    begin = end;
-  }
+// to[t, k] = sum_c a[t, c] * u[c, k], for `cols` of a panel's k.
+static void winograd_product(int64_t tiles, int64_t cols, const float* a, int64_t pitch,
+                             const float* u, int64_t depth, float* to) {
+  each_tile(tiles, cols, [=]<int R, int V>(int64_t t) {
+    Tile<R, V> tile;
+    tile.add_rows(a + t * pitch, pitch, u, kTileCols, depth);
+    tile.store({.c = to, .row = kTileCols}, t, 0);
+  });
 }
 
 // Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
@@ -337,15 +313,9 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
       for (int64_t q = 0; q < Cut::kPoints; ++q) {
-        const float* u = packed + (p * Cut::kPoints + q) * C * kTileCols;
-        each_tile(tiles, [&](int64_t t, int64_t t_end) {
-          const float* a = in + q * cut.plane + t * cut.pitch;
-          float* to = out + q * plane + t * kTileCols;
-          if (k_end - k_begin > Vec::kWidth)
-            winograd_product<2>(t_end - t, a, cut.pitch, u, C, to);
-          else
-            winograd_product<1>(t_end - t, a, cut.pitch, u, C, to);
-        });
+        const float* const u = packed + (p * Cut::kPoints + q) * C * kTileCols;
+        winograd_product(tiles, k_end - k_begin, in + q * cut.plane, cut.pitch, u, C,
+                         out + q * plane);
       }
       const float* from = out;
       for (int64_t i = first; i < last; ++i) {
@@ -360,21 +330,14 @@ static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_
 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
 
-// to[c, k] (+)= sum_t a[t, c] * g[t, k], for a panel's k and `rows` <= kTileRows inputs c.
-template <int V, int R = kTileRows>
-static void winograd_sum(int64_t rows, const float* a, int64_t pitch, const float* g,
-                         int64_t g_pitch, int64_t tiles, float* to, bool add) {
-  if constexpr (R > 1)
-    if (rows < R) return winograd_sum<V, R - 1>(rows, a, pitch, g, g_pitch, tiles, to, add);
-  Tile<R, V> t;
-  t.add_columns(a, pitch, g, g_pitch, tiles);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) {
-      float* const sum = to + r * kTileCols + i * Vec::kWidth;
-      (add ? Vec::load(sum) + t.c[r][i] : t.c[r][i]).store(sum);
-    }
+// to[c, k] (+)= sum_t a[t, c] * g[t, k], for `cols` of a panel's k.
+static void winograd_sum(int64_t channels, int64_t cols, const float* a, int64_t pitch,
+                         const float* g, int64_t g_pitch, int64_t tiles, float* to, bool add) {
+  each_tile(channels, cols, [=]<int R, int V>(int64_t c) {
+    Tile<R, V> tile;
+    tile.add_columns(a + c, pitch, g, g_pitch, tiles);
+    tile.store({.c = to, .row = kTileCols, .accumulate = add}, c, 0);
+  });
 }
 
 template <int M>
@@ -411,17 +374,9 @@ static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t 
     }
     for (int64_t q = 0; q < Cut::kPoints && sums; ++q)
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        float* const to = sums + (p * Cut::kPoints + q) * C * kTileCols;
-        const float* gq = g + q * g_plane + (p - panel_begin) * kTileCols;
-        each_tile(C, [&](int64_t c, int64_t c_end) {
-          const float* a = in + q * cut.plane + c;
-          if (v.K - p * kTileCols > Vec::kWidth)
-            winograd_sum<2>(c_end - c, a, cut.pitch, gq, g_pitch, tiles, to + c * kTileCols,
-                            first > begin);
-          else
-            winograd_sum<1>(c_end - c, a, cut.pitch, gq, g_pitch, tiles, to + c * kTileCols,
-                            first > begin);
-        });
+        winograd_sum(C, v.K - p * kTileCols, in + q * cut.plane, cut.pitch,
+                     g + q * g_plane + (p - panel_begin) * kTileCols, g_pitch, tiles,
+                     sums + (p * Cut::kPoints + q) * C * kTileCols, first > begin);
       }
   }
 }
@@ -446,21 +401,12 @@ static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f,
               [&](int h, int w, Vec e) { e.store(t + (3 * h + w) * kTileCols); });
         }
       float* const weight = to + p * kTileCols * f.so + c * f.si;
-      if (f.sw == 1 && f.sh == 3) {
-        for (int64_t i = 0; i < inputs; ++i)
-          transpose_copy({taps, nullptr}, i * 9 * kTileCols, kTileCols, 9, lanes, weight + i * f.si,
-                         f.so);
-      } else {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          float* const w = weight + tap / 3 * f.sh + tap % 3 * f.sw;
-          if (f.si == 1)
-            transpose_copy({taps, nullptr}, tap * kTileCols, 9 * kTileCols, inputs, lanes, w, f.so);
-          else
-            for (int64_t i = 0; i < inputs; ++i)
-              for (int64_t o = 0; o < lanes; ++o)
-                w[i * f.si + o * f.so] = taps[(i * 9 + tap) * kTileCols + o];
-        }
-      }
+      const bool along = f.sw == 1 && f.sh == 3;  // taps along memory
+      for (int64_t i = 0; i < inputs && along; ++i)
+        unpack_panel(taps + i * 9 * kTileCols, kTileCols, lanes, 9, weight + i * f.si, f.so, 1);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        unpack_panel(taps + i * kTileCols, 9 * kTileCols, lanes, inputs,
+                     weight + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si);
     }
   }
 }

@@ -6,8 +6,9 @@
 #include <ATen/ops/view_as.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <sys/mman.h>
 #include <torch/library.h>
+
+#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -143,44 +144,6 @@ void parallel_chunks(int64_t n, int64_t grain, const F& f) {
     for (int64_t i = begin; i < end + threads - 1; ++i) {
       Share& share = shares[i % threads];
       for (int64_t c; (c = share.next++) < share.end;) f(c * chunk, std::min(n, (c + 1) * chunk));
-    }
-  });
-}
-
-// A part of GEMM work: its share of C and the thread's scratch.
-using GemmTask = c10::function_ref<void(const cpu::GemmPart&, float* scratch)>;
-
-// Splits C (M, N), a sum over K, among the threads so that the largest part is small, then so that
-// little is packed twice. Under 2 MFLOP a fork costs more than it saves. Without columns, the rows
-// are split: their sums (row_sums) may be all that is wanted.
-inline void parallel_gemm(int64_t M, int64_t columns, int64_t K, GemmTask task) {
-  const int64_t N = std::max<int64_t>(columns, 1);
-  const cpu::Kernels& table = cpu::kernels();
-  const bool small = static_cast<double>(M) * N * K < 1e6;
-  const int64_t threads = small || at::in_parallel_region() ? 1 : at::get_num_threads();
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t rows = ceil_div(M, table.gemm_tile_rows), cols = ceil_div(N, table.gemm_tile_cols);
-  int64_t parts_m = 1, parts_n = 1, best_work = INT64_MAX, best_packed = INT64_MAX;
-  for (int64_t pm = 1; pm <= threads; ++pm) {
-    const int64_t pn = threads / pm;
-    const int64_t work = ceil_div(rows, pm) * ceil_div(cols, pn), packed = pm * N + pn * M;
-    if (work < best_work || (work == best_work && packed < best_packed)) {
-      parts_m = pm, parts_n = pn, best_work = work, best_packed = packed;
-    }
-  }
-  // A few parts a thread, for one that is held up, where to pack the other operand again for each
-  // is below 2 % of the work.
-  constexpr int64_t kParts = 4, kEnough = 1500;
-  if (threads > 1 && M >= kEnough * kParts * parts_m) parts_m *= kParts;
-  if (threads > 1 && N >= kEnough * kParts * parts_n) parts_n *= kParts;
-  const int64_t step_m = ceil_div(rows, parts_m) * table.gemm_tile_rows;
-  const int64_t step_n = ceil_div(cols, parts_n) * table.gemm_tile_cols;
-  parallel_chunks(parts_m * parts_n, 1, [&](int64_t begin, int64_t end) {
-    float* const memory = scratch(table.gemm_scratch);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t m = i / parts_n * step_m, n = i % parts_n * step_n;
-      if (m < M && n < N)
-        task({m, std::min(M, m + step_m), n, std::min(columns, n + step_n)}, memory);
     }
   });
 }

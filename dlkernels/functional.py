@@ -173,6 +173,8 @@ def _conv2d_sizes(weight, stride, padding, dilation, groups):
     elif padding == "same":
         if not isinstance(weight, Tensor) or weight.dim() != 4 or stride != (1, 1):
             return None
+        if not _are_ints(weight.shape[2:]):  # tensors, where torch.jit.trace looks on
+            return None
         edges = []
         for size, step in zip(weight.shape[2:], dilation):
             total = step * (size - 1)

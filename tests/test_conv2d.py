@@ -169,6 +169,10 @@ UNSAFE_IN_TORCH = {
     "stride 2**62": lambda x, w: ((x, w), {"stride": 2**62}),
     "weight on meta": lambda x, w: ((x, w.to("meta")), {}),
     "huge output": lambda x, w: ((x, w), {"padding": 2**30}),
+    "huge weight": lambda x, w: (
+        (x[:, :1], w[:1, :1, :1, :1].expand(1, 1, 2**30, 2**30)),
+        {"padding": 2**29, "stride": 2**30},
+    ),
 }
 
 
@@ -189,6 +193,16 @@ def test_bad_input_is_refused(op, case):
     args, kwargs = UNSAFE_IN_TORCH[case](torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3))
     with pytest.raises(RuntimeError):
         PAIRS[op][0](*args, **kwargs)
+    with torch.inference_mode(), pytest.raises(RuntimeError):  # goes past autograd's own checks
+        PAIRS[op][0](*args, **kwargs)
+
+
+@op
+def test_trace_of_same_padding(op):
+    f, _ = PAIRS[op]
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    traced = torch.jit.trace(lambda x: f(x, w, padding="same"), x)
+    torch.testing.assert_close(traced(x[:, :, :4]), f(x[:, :, :4], w, padding="same"))
 
 
 def test_backward_checks_its_arguments():

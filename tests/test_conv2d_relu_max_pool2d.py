@@ -356,8 +356,9 @@ def test_bad_input_is_refused_as_torch_does(case):
 
 
 def test_weight_on_another_device_is_refused():  # PyTorch reads garbage
-    with pytest.raises(RuntimeError, match=f"{OP}: expected all tensors to be on the same device"):
-        f(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3, device="meta"))
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), pytest.raises(RuntimeError, match=f"{OP}: expected all tensors to be on the"):
+            f(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3, device="meta"))
 
 
 def test_ops_refuse_what_does_not_belong_together():

@@ -70,6 +70,13 @@ def test_compile(op):
 
 
 @op
+def test_weight_on_another_device_is_refused(op):  # PyTorch reads garbage
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), pytest.raises(RuntimeError, match="expected all tensors to be on the same"):
+            PAIRS[op][0](torch.randn(2, 5), torch.randn(3, 5, device="meta"))
+
+
+@op
 def test_bias_that_broadcasts_is_pytorchs(op):
     f, g = PAIRS[op]
     args = torch.randn(2, 5), torch.randn(3, 5), torch.randn(1)

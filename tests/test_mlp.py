@@ -109,6 +109,8 @@ def test_bad_input():
     ]:
         with pytest.raises(RuntimeError):
             ours.mlp(x, weights, biases)
+        with torch.inference_mode(), pytest.raises(RuntimeError):  # past autograd's own checks
+            ours.mlp(x, weights, biases)
     with pytest.raises(TypeError):
         ours.mlp(x, [None])
     backward = torch.ops.dlkernels.mlp_backward

@@ -210,6 +210,7 @@ template <bool kRelu>
 Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                    SymInt groups) {
+  check_device(kName<kRelu>, input, weight), check_device(kName<kRelu>, input, bias);
   const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups);
   check_bias(kName<kRelu>, weight, bias);
   const Tensor y = at::empty_symint(sizes, input.options(), layout(input, weight));

@@ -76,6 +76,9 @@ struct Geometry {
   Geometry(const Tensor& input, const Tensor& weight, SymIntArrayRef s, SymIntArrayRef p,
            SymIntArrayRef d, const SymInt& g) {
     const auto sizes = output_sizes(input, weight, s, p, d, g);
+    // An expanded weight may have any size. So the kernels' sizes, some 2^15 times this, fit.
+    TORCH_CHECK(weight.numel() <= int64_t{1} << 40,
+                "conv2d: weight must have at most 2**40 elements, got ", weight.sizes());
     const auto number = [](const SymInt& x) { return x.expect_int(); };
     N = number(sizes[0]), OH = number(sizes[2]), OW = number(sizes[3]);
     C = input.size(-3), H = input.size(-2), W = input.size(-1);

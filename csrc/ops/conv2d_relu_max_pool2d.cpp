@@ -115,6 +115,7 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
 // y ([N,] K, PH, PW), laid out as PyTorch's, and argmax
 Two conv2d_relu_max_pool2d_forward_meta(const Args& args, const Tensor& input, const Tensor& weight,
                                         const optional<Tensor>& bias) {
+  check_device(pooling().op, input, weight), check_device(pooling().op, input, bias);
   conv::check_bias(pooling().op, weight, bias);
   auto sizes =
       conv::output_sizes(input, weight, args.stride, args.padding, args.dilation, args.groups);

@@ -59,6 +59,7 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
 // input (..., K), weight (N, K), bias (N) -> (..., N)
 template <bool kRelu>
 Tensor linear_meta(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  check_device(kName<kRelu>, input, weight), check_device(kName<kRelu>, input, bias);
   TORCH_CHECK(input.dim() >= 1 && weight.dim() == 2, kName<kRelu>,
               ": input must be (..., K) and weight (N, K), got input ", input.sym_sizes(),
               " and weight ", weight.sym_sizes());

@@ -69,6 +69,8 @@ std::vector<Tensor> mlp_forward_meta(const Tensor& input, at::TensorList weights
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
+    check_device("mlp", input, w);
+    if (!biases.empty()) check_device("mlp", input, biases[i]);
     TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp: weights[", i, "] must be (N, ",
                 sizes.back(), "), got ", w.sym_sizes());
     sizes.back() = w.sym_size(0);

@@ -54,7 +54,7 @@ def train(make, dtype, ours):
 
 
 @pytest.mark.parametrize("make", KERNELS)
-def test_thirty_steps(machine, make):
+def test_thirty_steps(machine, ieee, make):
     torchs, exact = train(make, torch.float32, False), train(make, torch.float64, False)
     with calls({"adam_", "cross_entropy"} | KERNELS[make]):
         got = train(make, torch.float32, True)

@@ -54,7 +54,10 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
     yield (t(2, 3, 10, 7)[:, :, ::2], t(4, 6, 3, 3)[:, ::2], t(8)[::2]), {}
     yield (t(1, 3, 5, 7).expand(4, 3, 5, 7), t(1, 3, 3, 3).expand(4, 3, 3, 3), t(4)), {}
     yield (t(2, 5, 7, 3).permute(0, 3, 1, 2), t(4, 3, 3, 3), t(4)), {}
-    yield (t(1, 16, 32, 100), t(4, 16, 3, 3), None), {"dilation": 5, "padding": 5}  # a small last block
+    yield (
+        (t(1, 16, 32, 100), t(4, 16, 3, 3), None),
+        {"dilation": 5, "padding": 5},
+    )  # a small last block
 
 
 @op

@@ -135,7 +135,9 @@ struct WinogradCut {
     const int64_t lines = (channels + 15) / 16;
     return 16 * (lines + (lines % 8 == 0));
   }
-  static int64_t plane_of(int64_t tiles, int64_t pitch) { return (tiles * pitch / 16 | 1) * 16; }
+  static int64_t plane_of(int64_t tiles, int64_t pitch) {
+    return ((tiles * pitch + 15) / 16 | 1) * 16;
+  }
 };
 
 template <int M>

@@ -240,6 +240,8 @@ int conv2d(const cpu::Kernels& t) {
       {2, 16, 32, {1, 3, 1, 1}, {1, 3, 1, 2}},
       {1, 7, 16, {2, 3, 1, 2}, {3, 3, 1, 0}},
       {1, 32, 15, {33, 3, 1, 1}, {1, 3, 1, 1}},
+      {1, 4, 8, {5, 3, 1, 1}, {102, 3, 1, 1}},          // an odd number of tiles
+      {1, 16, 4, {32, 3, 1, 5, 5}, {100, 3, 1, 5, 5}},  // a last block less than a dilation
   };
   const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
       {"direct", &t.conv2d}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};

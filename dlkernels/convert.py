@@ -77,8 +77,9 @@ def convert(model, *, fuse=True):
     in between then no longer exist. So neighbours with a hook on one of them, or used in a second
     place, are not fused; a hook added later, ``model[0](x)`` and ``model[:1](x)`` see values after
     the last of them, and putting another module in the first one's place loses what it applied,
-    until convert or revert is called on the whole model again. Where a model's own code takes out
-    the values in between, say ``fuse=False``.
+    until convert or revert is called on the whole model again. Revert before another module takes
+    the place of a ReLU. Where a model's own code takes out the values in between, say
+    ``fuse=False``.
 
     Where linear layers remain with only ReLUs in between, the ``nn.Sequential`` becomes a
     :class:`dlkernels.nn.Sequential`, which runs them as one op while none of them has a hook.

@@ -136,6 +136,19 @@ def make_runs(args, make):
     return runs
 
 
+def train(runs, epochs, make_batches, evaluate=lambda run: {}, advance=lambda: None):
+    """Yields the results of every epoch of `epochs`: {kernels: {metric: value}}.
+
+    make_batches(epoch) gives what all runs see; evaluate(run) adds to the loss and the seconds.
+    """
+    for epoch in epochs:
+        batches, results = make_batches(epoch), {}
+        for kernels, run in runs.items():  # in turns: a busy machine slows both alike
+            torch.manual_seed(epoch)  # the same dropout in both
+            results[kernels] = run.train_epoch(batches, advance) | evaluate(run)
+        yield results
+
+
 def accuracy(predicted, y):
     return (predicted == y).float().mean().item()
 

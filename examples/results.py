@@ -15,36 +15,43 @@ def median_seconds(history, kernels):
     return statistics.median(epoch[kernels]["seconds"] for epoch in history)
 
 
-def print_table(title, histories, metrics):
+def print_table(title, rows):
+    """A table of [{column: text}]; what a row lacks stays empty."""
+    table = Table(title=title)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        is_name = column in ("", "kernels")
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in rows:
+        table.add_row(*(row.get(column, "") for column in columns))
+    console.print(table)
+
+
+def summarize(histories, metrics):
     """A row for every name and kernels: the last epoch and, against the first kernels, how much
     faster an epoch is and how far apart the loss curves ever are."""
-    table = Table("kernels", title=title)
-    if len(histories) > 1:
-        table = Table("", "kernels", title=title)
-    columns = [*(name for name, _, _ in metrics.values()), "seconds an epoch"]
-    if any(len(history[0]) > 1 for history in histories.values()):
-        columns += ["speed-up", "largest difference of loss"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = []
     for name, history in histories.items():
         first = next(iter(history[0]))
         for kernels, last in history[-1].items():
-            row = [name if kernels == first else ""] if len(histories) > 1 else []
-            row += [kernels, *(form.format(last[key]) for key, (_, form, _) in metrics.items())]
+            row = {"": name if kernels == first else ""} if len(histories) > 1 else {}
+            row["kernels"] = kernels
+            row |= {column: form.format(last[key]) for key, (column, form, _) in metrics.items()}
             seconds = median_seconds(history, kernels)
-            row.append(f"{seconds:#.3g}")
+            row["seconds an epoch"] = f"{seconds:#.3g}"
             if kernels != first:
+                row["speed-up"] = f"{median_seconds(history, first) / seconds:.2f}x"
                 apart = max(abs(epoch[first]["loss"] - epoch[kernels]["loss"]) for epoch in history)
-                row += [f"{median_seconds(history, first) / seconds:.2f}x", f"{apart:.1e}"]
-            table.add_row(*row)
-    console.print(table)
+                row["losses apart"] = f"{apart:.1e}"
+            rows.append(row)
+    return rows
 
 
 def draw_curves(axes, histories, metric, name, form, scale):
     """A metric against epochs. Curves of one name should coincide: a thin dashed line over a wide
     pale one shows both."""
     for i, (label, history) in enumerate(histories.items()):
-        looks = ({"lw": 5, "alpha": 0.4}, {"ls": "--"}) if len(history[0]) > 1 else ({},)
+        looks = ({"lw": 5, "alpha": 0.35}, {"ls": "--"}) if len(history[0]) > 1 else ({},)
         for j, (kernels, look) in enumerate(zip(history[0], looks)):
             if len(histories) > 1:
                 look |= {"color": f"C{i}", "label": label if j == 0 else None}
@@ -61,6 +68,14 @@ def draw_curves(axes, histories, metric, name, form, scale):
     axes.legend(title="wide: torch, dashed: dlkernels" if is_compared else None)
 
 
+def draw_images(axes, images, columns):
+    """Tensors [N, height, width] side by side, in rows of `columns`."""
+    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=torch.nan)
+    rows = [torch.cat(list(row), dim=1) for row in images.split(columns)]
+    axes.imshow(torch.cat(rows), cmap="gray")
+    axes.axis("off")
+
+
 def report(path, title, histories, metrics, draws=None):
     """Print a table of all runs and draw their learning curves to `path`.
 
@@ -75,7 +90,7 @@ def report(path, title, histories, metrics, draws=None):
         return
     epochs = max(map(len, histories.values()))
     title += f", {epochs} epochs, {torch.get_num_threads()} threads"
-    print_table(title, histories, metrics)
+    print_table(title, summarize(histories, metrics))
 
     panels = list(dict.fromkeys([*metrics, *(draws or {})]))
     columns = min(len(panels), 3)

@@ -58,20 +58,24 @@ def shift(x, rng):
 
 def train(runs, data, args, checkpoint, history):
     train_data, (test_x, test_y) = data
+
+    def make_batches(epoch):
+        return harness.make_batches(*train_data, args.batch_size, args.seed, epoch, shift)
+
+    def evaluate(run):
+        return {"accuracy": harness.accuracy(run.predict(test_x).argmax(1), test_y)}
+
     steps = len(runs) * math.ceil(len(train_data[1]) / args.batch_size)
     with harness.progress(steps * args.epochs, done=steps * len(history)) as advance:
-        for epoch in range(len(history), args.epochs):
-            batches = harness.make_batches(*train_data, args.batch_size, args.seed, epoch, shift)
-            epoch_results, line = {}, f"epoch {epoch + 1}/{args.epochs}"
-            for kernels, run in runs.items():  # in turns: a busy machine slows both alike
-                result = run.train_epoch(batches, advance)
-                result["accuracy"] = harness.accuracy(run.predict(test_x).argmax(1), test_y)
-                epoch_results[kernels] = result
-                line += " | {}: loss {loss:.4f}, test {accuracy:.2%}, {seconds:.3f} s".format(
-                    kernels, **result
-                )
-            history.append(epoch_results)
+        epochs = range(len(history), args.epochs)
+        for epoch in harness.train(runs, epochs, make_batches, evaluate, advance):
+            history.append(epoch)
             checkpoint.save(history)
+            line = f"epoch {len(history)}/{args.epochs}"
+            for k, r in epoch.items():
+                line += (
+                    f" | {k}: loss {r['loss']:.4f}, test {r['accuracy']:.2%}, {r['seconds']:.3f} s"
+                )
             harness.console.print(line, soft_wrap=True)
 
 

@@ -65,7 +65,7 @@ def assert_one_sentence(complaint, words):
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_both_print_a_table_and_draw_equal_curves(call, tmp_path, model):
     out, _ = call("--model", model, "--epochs", 2, "--checkpoint", "run.pt")
-    for words in ("torch", "dlkernels", "speed-up", "difference"):
+    for words in ("torch", "dlkernels", "speed-up", "losses apart"):
         assert words in out
     picture = f"train_digits_{model}.png"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", picture]

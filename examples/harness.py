@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,8 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
-console = Console(highlight=False, markup=False)
+# torchrun tells each of its processes; the first alone prints and writes.
+RANK, WORLD_SIZE = (int(os.environ.get(*key)) for key in (("RANK", 0), ("WORLD_SIZE", 1)))
+console = Console(highlight=False, markup=False, quiet=RANK > 0)
 
 
 def number(kind, low, high):
@@ -59,6 +64,8 @@ def parse_arguments(parser, epochs, batch_size, lr):
 
 def write_whole(path, data):
     """All of the file or the old one: os.replace is atomic within a folder."""
+    if RANK > 0:
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -107,6 +114,46 @@ class Checkpoint:
             sys.exit(f"{self.path} is not a whole checkpoint of this script; it was left as it is")
         console.print(f"resumed after epoch {len(history)}")
         return history
+
+
+@contextmanager
+def process_group(device):
+    """Join the other processes where torchrun started this one: gloo on CPUs, nccl on GPUs."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(timeout=timedelta(seconds=25))  # a lost peer is an error then
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def replicated(model):
+    """`model` for the training steps, whose gradients are the mean of those of all processes."""
+    return DistributedDataParallel(model) if distributed.is_initialized() else model
+
+
+def shard(x, y):
+    """This process's rows of a batch, and what to multiply their mean loss by: the mean over the
+    processes is then that of the whole batch, though their numbers of rows may differ."""
+    n = len(y)
+    rows = slice(RANK * n // WORLD_SIZE, (RANK + 1) * n // WORLD_SIZE)
+    weight = (rows.stop - rows.start) * WORLD_SIZE / n
+    if not weight:  # fewer rows than processes; all of them must take part in the step
+        rows = slice(0, 1)
+    return x[rows], y[rows], weight
+
+
+def mean_of_all(value):
+    """The mean of a number over all processes."""
+    if not distributed.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return total.item() / WORLD_SIZE
 
 
 @contextmanager

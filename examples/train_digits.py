@@ -4,11 +4,13 @@
     python examples/train_digits.py --model cnn --kernels dlkernels
     python examples/train_digits.py --model cnn --data mnist --epochs 5    # needs torchvision
     python examples/train_digits.py --checkpoint run.pt --resume           # start, or go on
+    torchrun --nproc-per-node 2 examples/train_digits.py                   # on two processes
 
 The data are scikit-learn's 1,797 bundled digits at 28x28, a quarter held out. With `both`, two
 models start from the same weights and see the same batches: their curves should coincide and only
 the clock differ ("seconds an epoch": the training steps alone). Batches depend on the seed and the
-epoch only, so a resumed run repeats the uninterrupted one bit for bit, on as many threads.
+epoch only, so a resumed run repeats the uninterrupted one bit for bit, on as many threads. Several
+processes share every batch, and their losses are those of one process but for rounding.
 """
 
 import argparse
@@ -44,7 +46,7 @@ SHIFT = 2  # pixels an image may move each way; takes the CNN from about 98 to 9
 class Run:
     def __init__(self, kernels, args):
         torch.manual_seed(args.seed)
-        self.model = MODELS[args.model]()
+        self.model = MODELS[args.model]().to(args.device)
         if kernels == "dlkernels":  # all that differs between the two
             dlkernels.convert(self.model)
             self.loss_fn = dlkernels.nn.CrossEntropyLoss()
@@ -52,18 +54,21 @@ class Run:
         else:
             self.loss_fn = nn.CrossEntropyLoss()
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
+        self.replica = harness.replicated(self.model)
 
     def train_epoch(self, batches, advance):
         self.model.train()
         total = 0.0
-        for x, y in batches:
+        for batch in batches:
+            x, y, weight = harness.shard(*batch)
             self.optimizer.zero_grad()
-            loss = self.loss_fn(self.model(x), y)
+            loss = self.loss_fn(self.replica(x), y)
+            loss = loss if weight == 1 else loss * weight
             loss.backward()
             self.optimizer.step()
-            total += loss.item() * len(y)
+            total += loss.item() * len(batch[1])
             advance()
-        return total / sum(len(y) for _, y in batches)
+        return harness.mean_of_all(total / sum(len(y) for _, y in batches))
 
     @torch.no_grad()
     def accuracy(self, x, y):
@@ -128,10 +133,17 @@ def main():
     parser.add_argument("--model", choices=tuple(MODELS), default="mlp")
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies or is put")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = harness.parse_arguments(parser, epochs=40, batch_size=256, lr=1e-3)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: this torch finds no GPU")
     torch.set_num_threads(args.threads)
     dlkernels.tune_allocator()  # for both sides: PyTorch's steps gain as much from it
+    with harness.process_group(args.device):
+        compare(args)
 
+
+def compare(args):
     runs = {k: Run(k, args) for k in ("torch", "dlkernels") if args.kernels in (k, "both")}
     settings = {key: getattr(args, key) for key in SETTINGS}
     checkpoint = harness.Checkpoint(args.checkpoint, settings, runs)
@@ -140,7 +152,7 @@ def main():
     data = load_mnist(args.data_dir) if args.data == "mnist" else load_digits()
     title = f"{args.model.upper()} on {args.data}, batch {args.batch_size}, seed {args.seed}"
     mean, std = data[0][0].mean(), data[0][0].std()
-    data = [((x - mean) / std, y) for x, y in data]
+    data = [(((x - mean) / std).to(args.device), y.to(args.device)) for x, y in data]
     try:
         train(runs, data, args, checkpoint, history)
     finally:  # after Ctrl-C too

@@ -246,8 +246,8 @@ def test_bad_arguments(call, args):
     assert last.startswith(f"train_digits.py: error: argument {args[0]}: ")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision"), reason="torchvision is installed")
-def test_mnist_without_torchvision_says_so(call):
+def test_mnist_without_torchvision_says_so(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
     assert_one_sentence(call("--data", "mnist", code=1)[1], "needs torchvision")
 
 

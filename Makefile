@@ -4,7 +4,7 @@ VENV ?= .venv
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
-extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
@@ -25,7 +25,7 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 	$(PY) examples/train_digits.py --model cnn --kernels both
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
@@ -71,6 +71,11 @@ $(VENV)/.torch: | $(PY)
 
 $(VENV)/.bench $(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(PY)
 	$(PIP) $(call extra,$*)
+	touch $@
+
+# Without dependencies: they are there, but for the one torch that it names, which may not be ours.
+$(VENV)/.vision: pyproject.toml $(VENV)/.test
+	$(PIP) --no-deps $(call extra,vision)
 	touch $@
 
 # Not isolated and in place, so that build/ keeps the objects of the last build.

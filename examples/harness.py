@@ -16,7 +16,8 @@ from rich.progress import Progress
 
 import dlkernels
 
-console = Console(highlight=False, markup=False)
+RANK = int(os.environ.get("RANK", 0))  # of torchrun's processes the first alone prints and writes
+console = Console(highlight=False, markup=False, quiet=RANK > 0)
 
 
 def number(kind, low, high):
@@ -112,13 +113,16 @@ class Run:
         total, start = 0.0, time.perf_counter()
         for x, y in batches:
             self.optimizer.zero_grad()
-            loss = self.loss_fn(self.model(x), y)
+            loss = self.loss(x, y)
             loss.backward()
             self.optimizer.step()
             total += loss.item() * len(y)
             advance()
         seconds = time.perf_counter() - start
         return {"loss": total / sum(len(y) for _, y in batches), "seconds": seconds}
+
+    def loss(self, x, y):
+        return self.loss_fn(self.model(x), y)
 
     @torch.no_grad()
     def predict(self, x):
@@ -155,6 +159,8 @@ def accuracy(predicted, y):
 
 def write_whole(path, data):
     """All of the file or the old one: os.replace is atomic within a folder."""
+    if RANK > 0:
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

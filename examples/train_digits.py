@@ -4,11 +4,13 @@
     python examples/train_digits.py --model cnn --kernels dlkernels
     python examples/train_digits.py --model cnn --data mnist --epochs 5    # needs torchvision
     python examples/train_digits.py --checkpoint run.pt --resume           # start, or go on
+    torchrun --nproc-per-node 2 examples/train_digits.py                   # on two processes
 
 The data are scikit-learn's 1,797 bundled digits at 28x28, a quarter held out. With `both`, two
 models start from the same weights and see the same batches: their curves should coincide and only
 the clock differ ("seconds an epoch": the training steps alone). Batches depend on the seed and the
-epoch only, so a resumed run repeats the uninterrupted one bit for bit, on as many threads.
+epoch only, so a resumed run repeats the uninterrupted one bit for bit, on as many threads. Several
+processes share every batch, and their losses are those of one process but for rounding.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from torch import nn
 
 import dlkernels
 import harness
+import parallel
 import results
 
 MODELS = {
@@ -37,6 +40,24 @@ METRICS = {  # name, format in the table, scale in the plot
 }
 SETTINGS = ("model", "data", "kernels", "batch_size", "lr", "seed")  # what a checkpoint is for
 SHIFT = 2  # pixels an image may move each way; takes the CNN from about 98 to 99 %
+
+
+class Run(harness.Run):
+    """One that shares every batch with the other processes, where torchrun started several."""
+
+    def __init__(self, kernels, args):
+        model, loss_fn = MODELS[args.model]().to(args.device), nn.CrossEntropyLoss()
+        super().__init__(kernels, model, loss_fn, lambda optim, p: optim.Adam(p, lr=args.lr))
+        self.replica = parallel.replicated(model)
+
+    def loss(self, x, y):
+        x, y, weight = parallel.shard(x, y)
+        loss = self.loss_fn(self.replica(x), y)
+        return loss if weight == 1 else loss * weight
+
+    def train_epoch(self, batches, advance):
+        result = super().train_epoch(batches, advance)
+        return result | {"loss": parallel.mean_of_all(result["loss"])}
 
 
 def load_mnist(folder):
@@ -84,16 +105,19 @@ def main():
     parser.add_argument("--model", choices=tuple(MODELS), default="mlp")
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies or is put")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = harness.parse_arguments(
         parser, "train_digits_{model}.png", epochs=40, batch_size=256, lr=1e-3, checkpoint=True
     )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: this torch finds no GPU")
     dlkernels.tune_allocator()  # for both sides: PyTorch's steps gain as much from it
+    with parallel.process_group(args.device):
+        compare(args)
 
-    def make_run(kernels):
-        model, loss_fn = MODELS[args.model](), nn.CrossEntropyLoss()
-        return harness.Run(kernels, model, loss_fn, lambda optim, p: optim.Adam(p, lr=args.lr))
 
-    runs = harness.make_runs(args, make_run)
+def compare(args):
+    runs = harness.make_runs(args, lambda kernels: Run(kernels, args))
     settings = {key: getattr(args, key) for key in SETTINGS}
     checkpoint = harness.Checkpoint(args.checkpoint, settings, runs)
     history = checkpoint.load() if args.resume else []
@@ -101,7 +125,7 @@ def main():
     data = load_mnist(args.data_dir) if args.data == "mnist" else harness.load_digits()
     title = f"{args.model.upper()} on {args.data}, batch {args.batch_size}, seed {args.seed}"
     mean, std = data[0][0].mean(), data[0][0].std()
-    data = [((x - mean) / std, y) for x, y in data]
+    data = [(((x - mean) / std).to(args.device), y.to(args.device)) for x, y in data]
     try:
         train(runs, data, args, checkpoint, history)
     finally:  # after Ctrl-C too

@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+NAME ?= circles
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
@@ -13,7 +14,7 @@ SOURCES := setup.py build_backend.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize bench bench-quick lint format clean
+.PHONY: help train example test sanitize bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -23,6 +24,9 @@ help:  ## list the targets
 train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train the MLP and the CNN on handwritten digits
 	$(PY) examples/train_digits.py --model mlp --kernels both
 	$(PY) examples/train_digits.py --model cnn --kernels both
+
+example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script of examples/: make example NAME=circles
+	$(PY) examples/$(NAME).py
 
 # From tests/, because Python started in the root would import the source tree.
 test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test

@@ -72,7 +72,7 @@ def draw_images(axes, images, columns):
     """Tensors [N, height, width] side by side, in rows of `columns`."""
     images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=torch.nan)
     rows = [torch.cat(list(row), dim=1) for row in images.split(columns)]
-    axes.imshow(torch.cat(rows), cmap="gray")
+    axes.imshow(torch.cat(rows).numpy(), cmap="gray")
     axes.axis("off")
 
 

@@ -26,7 +26,7 @@ SCRIPTS = {  # arguments, our ops that run, and the part of the first loss that 
     ),
     "digits_3_vs_7": (("--epochs", 6), MLP | {"sgd_"}, 0.3),
     "linear_regression": (("--epochs", 3), LINEAR | {"sgd_"}, 0.7),
-    "optimizers": (("--epochs", 60), LINEAR | OPTIMIZERS, 0.5),
+    "optimizers": (("--epochs", 20), LINEAR | OPTIMIZERS, 0.5),
     "schedules": (("--epochs", 9), LINEAR | {"sgd_"}, 0.5),
 }
 scripts = pytest.mark.parametrize("name", SCRIPTS)

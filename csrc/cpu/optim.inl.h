@@ -24,8 +24,14 @@ static inline void each_update(const OptimTensor& tensor, int64_t begin, int64_t
   });
 }
 
-// (1 - w) * a + w * b. Exact for w = 1, where a + w * (b - a) loses a b far below a.
-static inline Vec lerp(Vec a, Vec b, Vec w) { return fma(w, b, fma(Vec::zero() - w, a, a)); }
+// Goes from a to b by w: a where they are the same, b for w = 1 however much greater a is.
+struct Lerp {
+  const Vec coefficient;
+  const bool from_b;
+
+  explicit Lerp(float w) : coefficient(Vec::fill(w < 0.5f ? w : w - 1)), from_b(!(w < 0.5f)) {}
+  Vec operator()(Vec a, Vec b) const { return fma(coefficient, b - a, from_b ? b : a); }
+};
 
 // decay * a + w * b^2. Not as lerp: it would turn a square that has overflowed to infinity into
 // NaN.

@@ -10,11 +10,12 @@ static void rmsprop_with(const OptimTensor& t, const RmspropScalars& s, int64_t 
   const Vec minus_lr = Vec::fill(-s.lr), eps = Vec::fill(s.eps);
   const Vec alpha = Vec::fill(s.alpha), w = Vec::fill(s.one_minus_alpha);
   const Vec momentum = Vec::fill(s.momentum);
+  const Lerp average(s.one_minus_alpha);
   each_update<1 + kCentered + kMomentum>(
       t, begin, end, [=](Vec& p, Vec g, Vec* state) __attribute__((always_inline)) {
         Vec variance = state[0] = decayed_square(alpha, state[0], w, g);
         if constexpr (kCentered) {
-          state[1] = lerp(state[1], g, w);
+          state[1] = average(state[1], g);
           variance = fma(Vec::zero() - state[1], state[1], variance);
         }
         Vec step = g / (sqrt(variance) + eps);

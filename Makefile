@@ -13,7 +13,7 @@ SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize cuda bench bench-quick lint format clean
+.PHONY: help train test sanitize cuda cuda-link .cuda-link gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -39,6 +39,13 @@ sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the k
 cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no nvcc)
 	$(PYTHON) build_cuda.py build/cuda
 
+cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an environment of 5 GB)
+	$(MAKE) VENV=$(VENV)-cuda TORCH=torch==2.14.1 .cuda-link
+
+gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
+	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m dlkernels.gpu_check
+
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
 
@@ -58,6 +65,10 @@ format: $(VENV)/.lint  ## rewrite the sources in the house's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+.cuda-link: export DLKERNELS_CUDA = 1
+.cuda-link: $(VENV)/.dlkernels $(VENV)/.test
+	cd tests && $(PY) -m pytest test_cuda.py test_package.py
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis

@@ -9,12 +9,12 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
-SOURCES := setup.py build_backend.py pyproject.toml \
+SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
   $(shell find csrc dlkernels benchmarks -not -name '*.so' -not -path '*__pycache__*')
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test sanitize bench bench-quick lint format clean
+.PHONY: help train example test sanitize cuda cuda-link .cuda-link gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -29,12 +29,26 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 	$(PY) examples/$(NAME).py
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
+test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
-sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
+sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
 	build/kernels_test
+	build/cuda_test
+	build/cuda_race_test
+	! build/cuda_race_test race 2> build/cuda_race_test.log  # a planted race must be seen
+	grep -q 'ThreadSanitizer: data race' build/cuda_race_test.log
+
+cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no nvcc)
+	$(PYTHON) build_cuda.py build/cuda
+
+cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an environment of 5 GB)
+	$(MAKE) VENV=$(VENV)-cuda TORCH=torch==2.14.1 .cuda-link
+
+gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
+	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m dlkernels.gpu_check
 
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
@@ -56,6 +70,10 @@ format: $(VENV)/.lint  ## rewrite the sources in the house's style
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
+.cuda-link: export DLKERNELS_CUDA = 1
+.cuda-link: $(VENV)/.dlkernels $(VENV)/.test
+	cd tests && $(PY) -m pytest test_cuda.py test_package.py
+
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis
 	rm -f dlkernels/*.so dlkernels/_build.py $(VENV)/.dlkernels
@@ -65,6 +83,14 @@ build/kernels_test: $(wildcard tests/kernels_test*.cpp csrc/cpu/*)
 	mkdir -p build
 	$(CXX) -std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
 	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
+
+# The .cu files as plain C++, each thread of a block a fibre: see tests/cuda_on_cpu.h.
+build/cuda_test: SANITIZERS = address,undefined
+build/cuda_race_test: SANITIZERS = thread
+build/cuda_test build/cuda_race_test: $(wildcard tests/cuda_* tests/kernels_test.h csrc/cuda/*)
+	mkdir -p build
+	$(CXX) -std=c++20 -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
+	  -Wall -Wextra -Wno-unknown-pragmas -Icsrc -Itests tests/cuda_test*.cpp -o $@
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
       "An optimizer's op on [(parameters, keys of their states, scalars)] with the state of their "
       "optimizer, grad_scale and found_inf: True; or, with nothing done, False where not all of "
       "it is for our op, None where states are missing.");
+  m.def("load_cuda", &load_cuda, "Load the CUDA kernels from the library at this path.");
+  m.def("set_cuda_reason", [](const std::string& reason) { cuda_reason = reason; });
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
   m.def("set_precision_ieee", [](bool ieee) { return precision_is_ieee.exchange(ieee); });
   m.def(

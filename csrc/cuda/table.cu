@@ -1,0 +1,14 @@
+// The table that _C_cuda exports, and nothing else.
+#include "common.cuh"
+
+const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
+  using namespace dlkernels::cuda;
+  static const Kernels table = {
+      .version = version(),
+      .error_string = error_string,
+      .capability = capability,
+      .relu = relu,
+      .relu_backward = relu_backward,
+  };
+  return &table;
+}

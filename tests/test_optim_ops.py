@@ -39,7 +39,7 @@ def transposed(x):
     return x.mT.contiguous().mT
 
 
-def double(op, lists):
+def cast(op, lists, dtype):
     return [
         copy.deepcopy(tensors)
         if op.counts and tensors is lists[-1]
@@ -51,7 +51,7 @@ def double(op, lists):
 @ops_and_options
 def test_values(machine, op, options):
     for lists in samples(op, options):
-        got, expected, exact = copy.deepcopy(lists), copy.deepcopy(lists), double(op, lists)
+        got, expected, exact = copy.deepcopy(lists), copy.deepcopy(lists), cast(op, lists, torch.float64)
         before = [(steps(x), x.data_ptr(), x._version) for x in flat(got)]
         for _ in range(3):
             with calls([op.name]):
@@ -130,9 +130,7 @@ def test_grad_scale_and_found_inf(machine, op, dtype):
     options = op.options[-1]
     lists = op.group(torch.randn(70), torch.randn(3, 4, 5, 6), options=options)
     lists[1][1] = torch.randn(3, 4, 6, 5).mT
-    lists = [[x.to(dtype) for x in tensors] for tensors in lists]
-    if op.counts:
-        lists[-1] = [x.float() for x in lists[-1]]
+    lists = cast(op, lists, dtype)
     expected = copy.deepcopy(lists)
     for grad in expected[1]:
         grad /= torch.tensor(3.0)
@@ -154,7 +152,7 @@ def test_grad_scale_and_found_inf(machine, op, dtype):
 @ops_and_options
 def test_left_to_torch(op, options):
     lists = op.group(torch.randn(5), torch.randn(3, 2), options=options)
-    kinds = [double(op, lists)]
+    kinds = [cast(op, lists, torch.float64), cast(op, lists, torch.bfloat16)]
     if op.counts:
         kinds.append([*lists[:-1], [x.double() for x in lists[-1]]])
     for lists in kinds:

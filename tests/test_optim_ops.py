@@ -41,9 +41,7 @@ def transposed(x):
 
 def cast(op, lists, dtype):
     return [
-        copy.deepcopy(tensors)
-        if op.counts and tensors is lists[-1]
-        else [x.double() for x in tensors]
+        [x.clone() if op.counts and tensors is lists[-1] else x.to(dtype) for x in tensors]
         for tensors in lists
     ]
 
@@ -51,7 +49,11 @@ def cast(op, lists, dtype):
 @ops_and_options
 def test_values(machine, op, options):
     for lists in samples(op, options):
-        got, expected, exact = copy.deepcopy(lists), copy.deepcopy(lists), cast(op, lists, torch.float64)
+        got, expected, exact = (
+            copy.deepcopy(lists),
+            copy.deepcopy(lists),
+            cast(op, lists, torch.float64),
+        )
         before = [(steps(x), x.data_ptr(), x._version) for x in flat(got)]
         for _ in range(3):
             with calls([op.name]):

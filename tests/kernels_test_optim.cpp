@@ -115,7 +115,8 @@ static int sgd(const cpu::Kernels& table) {
   const Case<cpu::SgdScalars> plain{table.sgd, plain_sgd_step, {}};
   return run_all(momentum, {0.1f, 0.9f, 0.7f, false, false}) +
          run_all(momentum, {0.1f, 0.9f, 1, true, false}) +
-         run_all(momentum, {0.1f, 0.9f, 0.7f, false, true}) + run_all(plain, {0.1f, 0, 0, false, false});
+         run_all(momentum, {0.1f, 0.9f, 0.7f, false, true}) +
+         run_all(plain, {0.1f, 0, 0, false, false});
 }
 static const Test sgd_test("sgd", sgd);
 

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 import dlkernels
 import dlkernels.functional as ours
 
-from . import bench_adam, models, report
-from .bench_adam import Adam
+from . import bench_optim, models, report
 from .bench_conv2d_relu import Conv2dReLU
 from .bench_conv2d_relu_max_pool2d import Conv2dReLUMaxPool2d
 from .bench_cross_entropy import CrossEntropy
 from .bench_linear_relu import LinearReLU
 from .bench_max_pool2d import MaxPool2d
+from .bench_optim import Adam
 from .case import torch_provider
 
 ROUNDS, WARM_UP = 30, 5
@@ -75,14 +75,13 @@ def captured(build):
 
 def providers(case, dtype):
     if isinstance(case, Adam):
-        build = partial(bench_adam.torch_provider, device="cuda")
-        torchs, mine = torch.optim.Adam, dlkernels.optim.Adam
+        build = partial(bench_optim.torch_provider, device="cuda")
         return {
-            "torch": build(torchs),
-            "torch fused": build(partial(torchs, fused=True)),
-            "torch fused graphed": captured(build(partial(torchs, fused=True, capturable=True))),
-            "dlkernels": build(mine),
-            "dlkernels graphed": captured(build(partial(mine, capturable=True))),
+            "torch": build(torch.optim),
+            "torch fused": build(torch.optim, fused=True),
+            "torch fused graphed": captured(build(torch.optim, fused=True, capturable=True)),
+            "dlkernels": build(dlkernels.optim),
+            "dlkernels graphed": captured(build(dlkernels.optim, capturable=True)),
         }
     build = partial(torch_provider, dtype=dtype, device="cuda")
     layouts = {"": None}

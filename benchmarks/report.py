@@ -155,10 +155,10 @@ def tables(results):
     forward = [r for r in results if r["mode"] == "forward"]
     training = [r for r in results if r["mode"] != "forward"]
     found = {
-        "Forward and backward (Adam: a step): how many times faster we are than": small_table(
+        "Forward and backward (optimizers: a step): how many times faster we are than": small_table(
             [r for r in training if r["small"]]
         ),
-        "Forward and backward (Adam: a step): the best peer's time / ours": main_table(
+        "Forward and backward (optimizers: a step): the best peer's time / ours": main_table(
             [r for r in training if not r["small"]]
         ),
         "Forward alone: the best peer's time / ours": main_table(

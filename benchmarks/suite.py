@@ -14,12 +14,12 @@ import torch
 import dlkernels
 
 from . import (
-    bench_adam,
     bench_conv2d_relu,
     bench_conv2d_relu_max_pool2d,
     bench_cross_entropy,
     bench_linear_relu,
     bench_max_pool2d,
+    bench_optim,
     bench_relu,
     report,
     steps,
@@ -34,7 +34,7 @@ MODULES = (
     bench_max_pool2d,
     bench_relu,
     bench_cross_entropy,
-    bench_adam,
+    *bench_optim.OPTIMIZERS,
 )
 OPS = {module.SMALL.op: module for module in MODULES}
 SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_", "OMP_", "GOMP_", "DLKERNELS_", "ATEN_")

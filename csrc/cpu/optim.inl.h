@@ -27,10 +27,11 @@ static inline void each_update(const OptimTensor& tensor, int64_t begin, int64_t
 // Goes from a to b by w: a where they are the same, b for w = 1 however much greater a is.
 struct Lerp {
   const Vec coefficient;
-  const bool from_b;
+  const Vec::Mask from_b;  // not a bool: for that GCC chooses an address, through memory
 
-  explicit Lerp(float w) : coefficient(Vec::fill(w < 0.5f ? w : w - 1)), from_b(!(w < 0.5f)) {}
-  Vec operator()(Vec a, Vec b) const { return fma(coefficient, b - a, from_b ? b : a); }
+  explicit Lerp(float w)
+      : coefficient(Vec::fill(w < 0.5f ? w : w - 1)), from_b(Vec::fill(0.5f) <= Vec::fill(w)) {}
+  Vec operator()(Vec a, Vec b) const { return fma(coefficient, b - a, select(from_b, b, a)); }
 };
 
 // decay * a + w * b^2. Not as lerp: it would turn a square that has overflowed to infinity into

@@ -11,7 +11,10 @@ static void sgd(const OptimTensor& t, const SgdScalars& s, int64_t begin, int64_
     });
   each_update<1>(t, begin, end, [=](Vec& p, Vec g, Vec* state) __attribute__((always_inline)) {
     Vec& b = state[0];
-    b = is_first_step ? g : fma(undamped, g, momentum * b);
-    p = fma(minus_lr, nesterov ? fma(momentum, b, g) : b, p);
+    b = fma(undamped, g, momentum * b);
+    if (is_first_step) b = g;
+    Vec step = b;
+    if (nesterov) step = fma(momentum, b, g);
+    p = fma(minus_lr, step, p);
   });
 }

@@ -25,10 +25,10 @@ struct Adadelta {
   void step_torch(const Tensor& p, const Tensor& g, const std::array<Tensor, 2>& states,
                   double /*step*/) const {
     const auto& [square_avg, acc_delta] = states;
-    square_avg.mul_(rho).addcmul_(g, g, 1 - rho);
+    scale_(square_avg, rho).addcmul_(g, g, 1 - rho);
     const Tensor std = square_avg.add(eps).sqrt_();
     const Tensor delta = acc_delta.add(eps).sqrt_().div_(std).mul_(g);
-    acc_delta.mul_(rho).addcmul_(delta, delta, 1 - rho);
+    scale_(acc_delta, rho).addcmul_(delta, delta, 1 - rho);
     p.add_(delta, -lr);
   }
 };

@@ -30,9 +30,9 @@ struct Adam {
   void step_torch(const Tensor& p, const Tensor& g, const std::array<Tensor, 2>& states,
                   double step) const {
     const auto& [m, v] = states;
-    if (decoupled_weight_decay) p.mul_(1 - lr * weight_decay);
+    if (decoupled_weight_decay) scale_(p, 1 - lr * weight_decay);
     m.lerp_(g, 1 - beta1);
-    v.mul_(beta2).addcmul_(g, g, 1 - beta2);
+    scale_(v, beta2).addcmul_(g, g, 1 - beta2);
     const Tensor denom = v.sqrt().div_(std::sqrt(1 - std::pow(beta2, step))).add_(eps);
     p.addcdiv_(m, denom, -lr / (1 - std::pow(beta1, step)));
   }

@@ -45,10 +45,11 @@ bool lie_alike(const Tensor& a, const Tensor& b) {
 
 void check_lists(const OptimLists& a) {
   for (const auto& [name, tensors, wanted, written, scalars] : a.lists) {
+    TORCH_CHECK(wanted || tensors.empty(), a.op, ": ", name,
+                " must be empty, as its option is off, got ", tensors.size());
     const size_t n = wanted ? a.params().size() : 0;
-    TORCH_CHECK(tensors.size() == n, a.op, ": ", name, " must have one tensor for each of the ",
-                a.params().size(), " params", wanted ? "" : ", or none where the option is off",
-                ", got ", tensors.size());
+    TORCH_CHECK(tensors.size() == n, a.op, ": ", name, " must have one tensor for each of the ", n,
+                " params, got ", tensors.size());
     for (size_t i = 0; i < n; ++i) {
       const Tensor& t = tensors[i];
       scalars ? check_scalar(a, name, t) : check_like_param(a, name, i, t);

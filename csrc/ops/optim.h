@@ -1,6 +1,8 @@
 // The frame of the optimizers' in-place ops: lists of tensors, checks, version counters, and one
 // parallel loop over all elements. An optimizer adds its arithmetic: see sgd.cpp.
 #pragma once
+#include <ATen/ScalarOps.h>
+
 #include <algorithm>
 #include <array>
 #include <string>
@@ -87,6 +89,12 @@ class OptimRuns {
   std::vector<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> back_;  // (original, copy)
 };
+
+// x times factor, as Python's mul_ does it: Tensor::mul_ of a number rounds that to x's dtype,
+// which makes a bfloat16's 0.999 a 1.
+inline const Tensor& scale_(const Tensor& x, double factor) {
+  return x.mul_(at::native::wrapped_scalar_tensor(factor));
+}
 
 // ---- what optim_step.cpp calls --------------------------------------------------------------
 

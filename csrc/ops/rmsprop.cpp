@@ -29,12 +29,12 @@ struct Rmsprop {
   void step_torch(const Tensor& p, const Tensor& g, const std::array<Tensor, 3>& states,
                   double /*step*/) const {
     const auto& [square_avg, grad_avg, buffer] = states;
-    square_avg.mul_(alpha).addcmul_(g, g, 1 - alpha);
+    scale_(square_avg, alpha).addcmul_(g, g, 1 - alpha);
     if (centered) grad_avg.lerp_(g, 1 - alpha);
     const Tensor avg =
         (centered ? square_avg.addcmul(grad_avg, grad_avg, -1) : square_avg).sqrt().add_(eps);
     if (momentum > 0)
-      p.add_(buffer.mul_(momentum).addcdiv_(g, avg), -lr);
+      p.add_(scale_(buffer, momentum).addcdiv_(g, avg), -lr);
     else
       p.addcdiv_(g, avg, -lr);
   }

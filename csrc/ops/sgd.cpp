@@ -29,7 +29,7 @@ struct Sgd {
                   double /*step*/) const {
     if (momentum == 0) return void(p.add_(g, -lr));
     const Tensor& buffer = states[0];
-    is_first_step ? buffer.copy_(g) : buffer.mul_(momentum).add_(g, 1 - dampening);
+    is_first_step ? buffer.copy_(g) : scale_(buffer, momentum).add_(g, 1 - dampening);
     p.add_(nesterov ? g.add(buffer, momentum) : buffer, -lr);
   }
 };

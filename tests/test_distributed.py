@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the example's, and modules and optimizers of ours under FSDP2."""
+"""Several processes under torchrun: those of the example, and ours under FSDP2."""
 
 import os
 import signal

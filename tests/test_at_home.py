@@ -5,14 +5,13 @@ import io
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.optim import lr_scheduler, swa_utils
 
 import dlkernels
-import dlkernels.functional as ours
 from common import calls
+from dlkernels._check import CASES
 
 TARGET = torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -171,38 +170,20 @@ def test_saved_by_one_and_loaded_by_the_other():
 # ---- transforms and subclasses: every op against PyTorch's ---------------------------------------
 
 
-def linear_relu(x, w, b):
-    return F.relu(F.linear(x, w, b))
-
-
-OPS = {  # ours, PyTorch's, shapes of its arguments
-    "linear": (ours.linear, F.linear, [(4, 5), (3, 5), (3,)]),
-    "linear_relu": (ours.linear_relu, linear_relu, [(4, 5), (3, 5), (3,)]),
-    "mlp": (
-        lambda x, v, c, w, b: ours.mlp(x, [v, w], [c, b]),
-        lambda x, v, c, w, b: F.linear(linear_relu(x, v, c), w, b),
-        [(4, 5), (3, 5), (3,), (2, 3), (2,)],
-    ),
-    "relu": (ours.relu, F.relu, [(4, 5)]),
-    "conv2d": (ours.conv2d, F.conv2d, [(2, 2, 4, 4), (3, 2, 2, 2), (3,)]),
-    "conv2d_relu": (
-        ours.conv2d_relu,
-        lambda x, w, b: F.relu(F.conv2d(x, w, b)),
-        [(2, 2, 4, 4), (3, 2, 2, 2), (3,)],
-    ),
-    "conv2d_relu_max_pool2d": (
-        ours.conv2d_relu_max_pool2d,
-        lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2),
-        [(2, 2, 5, 5), (3, 2, 2, 2), (3,)],
-    ),
-    "max_pool2d": (lambda x: ours.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), [(2, 2, 4, 4)]),
-    "cross_entropy": (
-        lambda x: ours.cross_entropy(x, TARGET[:4]),
-        lambda x: F.cross_entropy(x, TARGET[:4]),
-        [(4, 5)],
-    ),
+SHAPES = {  # of the arguments of CASES
+    "linear": [(4, 5), (3, 5), (3,)],
+    "linear_relu": [(4, 5), (3, 5), (3,)],
+    "mlp": [(4, 5), (3, 5), (3,), (2, 3), (2,)],
+    "relu": [(4, 5)],
+    "conv2d": [(2, 2, 4, 4), (3, 2, 3, 3), (3,)],
+    "conv2d_relu": [(2, 2, 4, 4), (3, 2, 3, 3), (3,)],
+    "conv2d_relu_max_pool2d": [(2, 2, 5, 4), (3, 2, 3, 3), (3,)],
+    "max_pool2d": [(2, 2, 4, 5)],
+    "cross_entropy": [(4, 5)],
 }
-every = pytest.mark.parametrize(("f", "torchs", "shapes"), OPS.values(), ids=OPS)
+every = pytest.mark.parametrize(
+    ("f", "torchs", "shapes"), [(*CASES[op][:2], SHAPES[op]) for op in SHAPES], ids=SHAPES
+)
 
 
 @every
@@ -210,13 +191,13 @@ def test_func_transforms(f, torchs, shapes):
     args = tuple(torch.randn(shape) for shape in shapes)
     tangents = tuple(torch.randn(shape) for shape in shapes)
     batches = tuple(torch.randn(3, *shape) for shape in shapes)
-    every = tuple(range(len(args)))
+    all_args = tuple(range(len(args)))
 
     def all_of(f):
         def loss(*args):
             return f(*args).square().sum()
 
-        grad = torch.func.grad(loss, every)
+        grad = torch.func.grad(loss, all_args)
         return [
             grad(*args),
             torch.func.vmap(f)(*batches),

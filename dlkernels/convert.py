@@ -119,12 +119,7 @@ def convert(model, *, fuse=True):
             left[m] = "no kernel of ours for this class"
 
     pools = _plan_fusing(model, fuse, becomes, left)
-    for m in model.modules():
-        if m not in becomes and "forward" not in vars(m):
-            cls, reason = _forward.fused(m, becomes) if fuse else (_forward.base_of(type(m)), None)
-            becomes[m] = cls
-            if reason:
-                left.setdefault(m, reason)
+    _plan_forwards(model, fuse, becomes, left)
     return _apply("converted", model, becomes, left, pools)
 
 
@@ -232,6 +227,17 @@ def _plan_fusing(model, fuse, becomes, left):
             stacks = fuse and _has_stack(sequential, becomes)
             becomes[sequential] = nn.Sequential if stacks else torch.nn.Sequential
     return pools
+
+
+def _plan_forwards(model, fuse, becomes, left):
+    """Adds to `becomes` which modules get a forward with its ReLUs fused, or their own again."""
+    for m in model.modules():
+        if m not in becomes and "forward" not in m.__dict__:
+            becomes[m], reason = _forward.base_of(type(m)), None
+            if fuse:
+                becomes[m], reason = _forward.fused(m, becomes)
+            if reason:
+                left.setdefault(m, reason)
 
 
 def _has_stack(sequential, becomes):

@@ -3,11 +3,14 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 import dlkernels
+
+from ._check import check
 
 
 def output(text):
@@ -23,6 +26,14 @@ def threads(text):
     if not 1 <= int(text) <= cores:
         raise argparse.ArgumentTypeError(f"must be from 1 to {cores}, got {text!r}")
     return int(text)
+
+
+def info(args):
+    found = dlkernels.info()
+    if args.check:
+        found["check"] = check()
+    print(json.dumps(found, indent=2) if args.json else found)
+    return int(any(result != "ok" for result in found.get("check", {}).values()))
 
 
 def bench(parser, args):
@@ -56,6 +67,11 @@ def main(argv=None):
 
     info_parser = commands.add_parser("info", help="say what this build is and what it runs on")
     info_parser.add_argument("--json", action="store_true", help="as JSON")
+    info_parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run every kernel once against PyTorch; exit with 1 where one differs",
+    )
 
     bench_parser = commands.add_parser("bench", help="time the ops against their peers")
     add = bench_parser.add_argument
@@ -75,9 +91,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "bench":
         return bench(bench_parser, args)
-    found = dlkernels.info()
-    print(json.dumps(found, indent=2) if args.json else found)
+    return info(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

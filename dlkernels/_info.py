@@ -18,9 +18,12 @@ class Info(dict):
         def text(value):
             if isinstance(value, bool):
                 return "yes" if value else "no"
+            if isinstance(value, dict):
+                value = [f"{key} {text}" for key, text in value.items()]
             return "; ".join(value) or "none" if isinstance(value, list) else str(value)
 
-        return "\n".join(f"{key:{width}}  {text(value)}" for key, value in self.items())
+        shown = self | {"kernels": _summary(self["kernels"])}
+        return "\n".join(f"{key:{width}}  {text(value)}" for key, value in shown.items())
 
 
 def _warnings():
@@ -35,9 +38,39 @@ def _warnings():
         yield f"built as {_build.VERSION}, and {installed} is installed: build again"
 
 
+def kernels():
+    """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
+    others = "left to PyTorch's own op: our kernels for the {} are for {}".format
+    on_cpu = others("CPU", "float32")
+    on_cuda = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
+    narrow = _cuda.REASON or "yes"
+    devices = {
+        "cpu": {"float32": "yes", "bfloat16": on_cpu, "float16": on_cpu, "float64": on_cpu},
+        "cuda": {"float32": narrow, "bfloat16": narrow, "float16": narrow, "float64": on_cuda},
+    }
+    ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
+    return {op: {device: dict(dtypes) for device, dtypes in devices.items()} for op in ops}
+
+
+def _summary(kernels):
+    """["cpu float32: all ops", ...]: which ops have a kernel there."""
+    places = {}
+    for op, devices in kernels.items():
+        for device, dtypes in devices.items():
+            for dtype, answer in dtypes.items():
+                if answer == "yes":
+                    places.setdefault(f"{device} {dtype}", []).append(op)
+    everywhere = list(kernels)
+    return [
+        f"{place}: {'all ops' if ops == everywhere else ', '.join(ops)}"
+        for place, ops in places.items()
+    ]
+
+
 def info():
     """What this build is and what it runs on, as a dict that prints as a table.
 
+    ``kernels`` is ``{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}``.
     ``warnings`` lists what does not go together. That the running torch is the one that the build
     is for was seen to at import.
     """
@@ -51,5 +84,6 @@ def info():
         build_flags=_build.FLAGS,
         cuda=not _cuda.REASON,
         cuda_reason=_cuda.REASON,
+        kernels=kernels(),
         warnings=list(_warnings()),
     )

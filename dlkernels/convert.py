@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import functional, nn
+from . import _forward, functional, nn
 
 # Exact types: a subclass may compute anything.
 _OURS = {
@@ -81,6 +81,13 @@ def convert(model, *, fuse=True):
     the place of a ReLU. Where a model's own code takes out the values in between, say
     ``fuse=False``.
 
+    In the forward of other classes, ``relu(conv(x))`` becomes one pass too, and so does
+    ``max_pool2d(relu(conv(x)))``, where ``conv`` is a Linear or Conv2d and ``relu`` a function, a
+    method or a module of PyTorch's. Such a module gets a subclass of its class, with its functions
+    compiled again from their source; where that is not to be had, it is left. Hooks added later
+    see the values in between. Copies are of the subclass too; pickle writes the class itself, so
+    convert what was loaded.
+
     Where linear layers remain with only ReLUs in between, the ``nn.Sequential`` becomes a
     :class:`dlkernels.nn.Sequential`, which runs them as one op while none of them has a hook.
 
@@ -112,6 +119,7 @@ def convert(model, *, fuse=True):
             left[m] = "no kernel of ours for this class"
 
     pools = _plan_fusing(model, fuse, becomes, left)
+    _plan_forwards(model, fuse, becomes, left)
     return _apply("converted", model, becomes, left, pools)
 
 
@@ -136,6 +144,8 @@ def revert(model):
             becomes[m] = _TORCHS[type(m)]
         elif type(m) is nn.Sequential:
             becomes[m] = torch.nn.Sequential
+        elif type(m) is not _forward.base_of(type(m)):
+            becomes[m] = _forward.base_of(type(m))
         elif type(m) in _PLACES:
             left[m] = "the module that applies it is not in this part: revert the nn.Sequential"
         elif type(m) in _WITHOUT_RELU:
@@ -219,6 +229,17 @@ def _plan_fusing(model, fuse, becomes, left):
     return pools
 
 
+def _plan_forwards(model, fuse, becomes, left):
+    """Adds to `becomes` which modules get a forward with its ReLUs fused, or their own again."""
+    for m in model.modules():
+        if m not in becomes and "forward" not in m.__dict__:
+            becomes[m], reason = _forward.base_of(type(m)), None
+            if fuse:
+                becomes[m], reason = _forward.fused(m, becomes)
+            if reason:
+                left.setdefault(m, reason)
+
+
 def _has_stack(sequential, becomes):
     """Whether linear layers with a ReLU in between stand in a Sequential."""
     modules = list(sequential._modules.values())
@@ -259,7 +280,7 @@ def _neighbours(model):
 
 def _class_name(cls):
     module = "torch.nn" if cls.__module__.startswith("torch.nn.modules.") else cls.__module__
-    return f"{module}.{cls.__qualname__}"
+    return f"{module}.{cls.__qualname__}" + vars(cls).get("_dlkernels_text", "")
 
 
 def _apply(verb, model, becomes, left, pools):

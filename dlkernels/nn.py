@@ -94,20 +94,20 @@ def find_mlp(modules, begin, kind=type):
     linears, biases, i, count, end = [], None, begin, 0, begin
     while i < len(modules) and kind(modules[i]) in (Linear, LinearReLU):
         m = modules[i]
-        if not _is_bare(m) or biases not in (None, m.bias is not None):
+        if not is_bare(m) or biases not in (None, m.bias is not None):
             break
         biases = m.bias is not None  # all of them or none
         linears.append(m)
         if kind(m) is Linear:  # a stack ends without a ReLU
             count, end = len(linears), i + 1
         relu = modules[i + 1] if i + 1 < len(modules) else None
-        if kind(relu) is not (ReLU if kind(m) is Linear else FusedReLU) or not _is_bare(relu):
+        if kind(relu) is not (ReLU if kind(m) is Linear else FusedReLU) or not is_bare(relu):
             break
         i += 2
     return linears[:count], end
 
 
-def _is_bare(m):
+def is_bare(m):
     """Whether nobody watches a module or has replaced what it does."""
     return not (
         m._forward_hooks
@@ -132,13 +132,17 @@ class Conv2d(torch.nn.Conv2d):
     _conv2d = staticmethod(functional.conv2d)
 
     def _conv_forward(self, input, weight, bias):  # torch.nn.Conv2d.forward calls it
+        return self._convolve(self._conv2d, input, weight, bias)
+
+    def _convolve(self, conv2d, input, weight, bias, *pool):
+        """`conv2d`, one of :mod:`dlkernels.functional` that convolve, with this module's sizes."""
         padding = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(
                 input, self._reversed_padding_repeated_twice, mode=self.padding_mode
             )
             padding = 0
-        return self._conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, *pool)
 
 
 class Conv2dReLU(Conv2d):

@@ -13,6 +13,7 @@ import torch
 
 import dlkernels
 from dlkernels import _C, _build
+from dlkernels._check import CASES, check
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(dlkernels.__file__).parent
@@ -161,6 +162,45 @@ def test_info():
     assert json.loads(json.dumps(info)) == info
     lines = str(info).splitlines()
     assert len(lines) == len(info) and all(key in line for key, line in zip(info, lines))
+
+
+def test_which_kernels_there_are():
+    kernels = dlkernels.info()["kernels"]
+    assert {*kernels, *(f"{op}_backward" for op in kernels)} >= set(_C.stats())
+    for op in kernels.values():
+        assert op["cpu"]["float32"] == "yes" and "PyTorch" in op["cpu"]["float64"]
+    assert "kernels          cpu float32: all ops" in str(dlkernels.info())
+
+
+def test_info_check(python):
+    _C.reset_stats()
+    assert check() == dict.fromkeys(CASES, "ok")
+    assert set(CASES) == set(dlkernels.info()["kernels"])
+    idle = {op for op, (kernel, torchs) in _C.stats().items() if not kernel or torchs}
+    assert not idle
+    assert "linear ok; " in python("-m", "dlkernels", "info", "--check").stdout
+    # One that is wrong in one place, one that is not there, one whose gradient is NaN.
+    program = """
+import sys
+import dlkernels
+from dlkernels import _check
+from dlkernels.__main__ import main
+def wrong(x):
+    return x.relu() + (x == x.max()) * 1e-3
+def absent(x):
+    raise NotImplementedError("no kernel")
+def nan(x):
+    return dlkernels.functional.linear(x, x) + (x - x).sqrt().sum()
+_check.CASES["linear"] = nan, lambda x: x @ x.T, [(5, 5)]
+for op, f in {"relu": wrong, "max_pool2d": absent}.items():
+    _check.CASES[op] = f, *_check.CASES[op][1:]
+sys.exit(main(["info", "--check", "--json"]))
+"""
+    found = json.loads(python(program, code=1).stdout)["check"]
+    wrong = {op: text for op, text in found.items() if text != "ok"}
+    assert set(wrong) == {"relu", "max_pool2d", "linear"}
+    assert wrong["max_pool2d"] == "raised NotImplementedError: no kernel"
+    assert "differs by" in wrong["relu"] and "nan" in wrong["linear"]
 
 
 def test_command_line(python):

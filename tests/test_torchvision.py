@@ -30,7 +30,11 @@ OURS = {"conv2d", "linear", "max_pool2d"}
 MODELS = {
     "alexnet": ({"dropout": 0.0}, 64, {"conv2d_relu", "linear_relu", "mlp", "max_pool2d"}),
     "vgg11_bn": ({"dropout": 0.0, "init_weights": False}, 32, OURS | {"linear_relu"}),
-    "googlenet": ({"dropout": 0.0, "dropout_aux": 0.0, "init_weights": False}, 64, OURS),
+    "googlenet": (
+        {"dropout": 0.0, "dropout_aux": 0.0, "init_weights": False},
+        64,
+        OURS | {"linear_relu"},
+    ),
     "resnet18": ({}, 64, OURS),
     "densenet121": ({}, 64, OURS),
 }

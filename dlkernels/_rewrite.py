@@ -1,0 +1,231 @@
+"""The source of a function, compiled again with the ReLU after a layer in one call with it.
+
+``relu(conv(x))`` then reads ``self._dlkernels_chain([(relu, (), {})], conv, x)``, and nothing else
+differs. Which functions and modules these are is looked up when it runs, as before. So it is the
+same program, with its flags, branches and side effects, which a trace by torch.fx would not be.
+"""
+
+import ast
+import copy
+import functools
+import linecache
+import warnings
+from types import CodeType
+
+import torch
+import torch.nn.functional as F
+
+from . import nn
+
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+POOLS = (F.max_pool2d, torch.max_pool2d)
+METHODS = ("relu", "relu_")
+RELU_MODULES = (torch.nn.ReLU, nn.ReLU)
+POOL_MODULES = (torch.nn.MaxPool2d, nn.MaxPool2d)
+
+
+def rewrite(function, module, becomes):
+    """The code of a method of `module` that has ReLUs, and pools after them, in chains.
+
+    Args:
+        becomes: {module: the class it is going to be of}
+
+    Returns:
+        code, the number of ReLUs in chains, None; or function's own code, 0 and, if it calls
+        PyTorch's ReLU as a function or may do so, why that is not in a chain
+    """
+    code = function.__code__
+    found = _find(code, code.co_filename)
+    if isinstance(found, str):
+        return code, 0, found
+    tree, node = found
+    rewriter = _Rewriter(module, code, function.__globals__, becomes)
+    new = rewriter.generic_visit(copy.deepcopy(node))
+    if rewriter.relus:
+        return _compile(tree, node, new.body, code), rewriter.relus, None
+    why = "no ReLU in its forward comes right after a Linear or Conv2d" if rewriter.others else None
+    return code, 0, why
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Rewrites statements of a function of `module`; counts the ReLUs that it puts in a chain, and
+    those of PyTorch's functions and methods that it does not."""
+
+    def __init__(self, module, code, variables, becomes):
+        self.module, self.becomes, self.variables = module, becomes, variables
+        self.me = code.co_varnames[0]
+        self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        self.relus = self.others = 0
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        step, x = self._step(node)
+        if step is None:
+            return node
+        self.others += step.is_function
+        return self._chain(x, step, node) or node
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, self.merge(statements))
+        return node
+
+    def merge(self, statements):
+        """Makes one statement of ``x = conv(x)`` and ``x = relu(x)``."""
+        result = []
+        for now in statements:
+            name = _assigned(now)
+            if name and result and _assigned(result[-1]) == name:
+                step, x = self._step(now.value)
+                if step and isinstance(x, ast.Name) and x.id == name:
+                    chain = self._chain(result[-1].value, step, now.value)
+                    if chain:
+                        now.value = chain
+                        result.pop()
+            result.append(now)
+        return result
+
+    def _step(self, call):
+        """A ReLU or a pool as a step of a chain, and what it is applied to; or None, None."""
+        f, args, keywords = call.func, call.args, call.keywords
+        if isinstance(f, ast.Attribute) and f.attr in METHODS and not (args or keywords):
+            f, x, args, is_relu, is_function = ast.Constant(f.attr), f.value, [], True, True
+        else:
+            value = self._value(f)
+            is_function = any(value is relu for relu in RELUS)
+            is_relu = is_function or self._is_a(value, RELU_MODULES)
+            is_pool = any(value is pool for pool in POOLS) or self._is_a(value, POOL_MODULES)
+            others = [*args[1:], *(k.value for k in keywords)]
+            if not (is_relu or is_pool) or not args or not all(map(_is_constant, others)):
+                return None, None
+            if not all(k.arg for k in keywords):
+                return None, None
+            x, args = args[0], args[1:]
+        kwargs = ast.Dict([ast.Constant(k.arg) for k in keywords], [k.value for k in keywords])
+        step = ast.Tuple([f, ast.Tuple(args, ast.Load()), kwargs], ast.Load())
+        step.is_relu, step.is_function = is_relu, is_function
+        return step, x
+
+    def _chain(self, x, step, place):
+        """A call of _chain for step(x), if x is a layer's and step a ReLU, or x a ReLU's chain and
+        step a pool; else None."""
+        if not step.is_relu:
+            if not getattr(x, "is_chain", False) or len(x.args[0].elts) > 1:
+                return None
+            x.args[0].elts.append(step)
+        elif isinstance(x, ast.Call) and self._is_layer(x.func):
+            name = ast.Attribute(ast.Name(self.me, ast.Load()), "_dlkernels_chain", ast.Load())
+            x = ast.Call(name, [ast.List([step], ast.Load()), x.func, *x.args], x.keywords)
+            x.is_chain = True
+            self.relus += 1
+            self.others -= step.is_function
+        else:
+            return None
+        return ast.fix_missing_locations(ast.copy_location(x, place))
+
+    def _value(self, expression):
+        """What a name, or an attribute of one, is now; None for the function's own variables."""
+        if isinstance(expression, ast.Attribute):
+            of = self._value(expression.value)
+            if isinstance(of, torch.nn.Module):  # no property is called
+                return of._modules.get(expression.attr, vars(of).get(expression.attr))
+            return getattr(of, expression.attr, None)
+        if not isinstance(expression, ast.Name):
+            return None
+        if expression.id == self.me:
+            return self.module
+        return None if expression.id in self.locals else self.variables.get(expression.id)
+
+    def _is_layer(self, f):
+        """Whether f, which is called, may be a Linear or Conv2d: one by name, or from a list."""
+        if isinstance(f, ast.Name):
+            return f.id in self.locals
+        if isinstance(f, ast.Subscript):
+            return isinstance(self._value(f.value), torch.nn.Module)
+        return self._is_a(self._value(f), (nn.Linear, nn.Conv2d))
+
+    def _is_a(self, m, kinds):
+        return isinstance(m, torch.nn.Module) and self.becomes.get(m, type(m)) in kinds
+
+
+def _assigned(statement):
+    """The name in ``name = f(...)``."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call()):
+            return name
+    return None
+
+
+def _is_constant(expression):
+    if isinstance(expression, ast.Tuple | ast.List):
+        return all(map(_is_constant, expression.elts))
+    return isinstance(expression, ast.Constant)
+
+
+def _codes(code):
+    """A code object and those of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def names(code):
+    """The globals and attributes that a function, or one inside of it, names."""
+    return {name for c in _codes(code) for name in c.co_names}
+
+
+@functools.lru_cache(maxsize=64)
+def _find(code, filename):  # two files may have equal code
+    """(the tree of the file, the function's node in it), or why there is none."""
+    linecache.checkcache(filename)
+    text = "".join(linecache.getlines(filename))
+    if not text:
+        return "the source of its forward is not to be had"
+    try:
+        tree = ast.parse(text)
+        compiled = _compile_tree(tree, code)
+    except (SyntaxError, ValueError):
+        compiled = None
+    if compiled != code:
+        return "the source of its forward is not what runs: it was edited since"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if first == code.co_firstlineno and not _is_odd(node, code.co_varnames):
+                return tree, node
+    return "its forward is no plain method: asynchronous, a lambda, or it binds self anew"
+
+
+def _is_odd(node, variables):
+    """Whether the name of the first argument may mean something else, or any name a global."""
+    first, me = [*node.args.posonlyargs, *node.args.args, None][0], variables[0]
+    return first is None or any(
+        isinstance(n, ast.Global | ast.Nonlocal)
+        or (isinstance(n, ast.Name) and n.id == me and not isinstance(n.ctx, ast.Load))
+        or (isinstance(n, ast.arg) and n.arg == me and n is not first)
+        for n in ast.walk(node)
+    )
+
+
+def _compile_tree(tree, code):
+    """The function of the same name and line as `code` in the compiled file, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the file's own compilation had to say
+        compiled = compile(tree, code.co_filename, "exec", dont_inherit=True)
+    for c in _codes(compiled):
+        if (c.co_name, c.co_firstlineno) == (code.co_name, code.co_firstlineno):
+            return c
+    return None
+
+
+def _compile(tree, node, body, code):
+    before = node.body
+    try:
+        node.body = body
+        return _compile_tree(tree, code)
+    finally:
+        node.body = before

@@ -1,6 +1,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+CASES ?= 20000
+SEED ?= $(shell date +%s)
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
@@ -13,7 +15,7 @@ SOURCES := setup.py build_backend.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize bench bench-quick lint format clean
+.PHONY: help train test sanitize race fuzz bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -25,12 +27,20 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 	$(PY) examples/train_digits.py --model cnn --kernels both
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+test: sanitize race $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
 sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
 	build/kernels_test
+
+race: build/kernels_race  ## test them for data races under TSan
+	build/kernels_race 10
+
+# 20,000 cases of each op take about 15 minutes.
+fuzz: build/kernels_test $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
+	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
+	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PY) -m pytest -s test_fuzz.py
 
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
@@ -57,9 +67,11 @@ clean:  ## remove what was built, but not the environment
 	rm -f dlkernels/*.so dlkernels/_build.py $(VENV)/.dlkernels
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-build/kernels_test: $(wildcard tests/kernels_test*.cpp csrc/cpu/*)
+build/kernels_test: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+build/kernels_race: SANITIZE = -fsanitize=thread
+build/kernels_test build/kernels_race: $(wildcard tests/kernels_test* csrc/cpu/*)
 	mkdir -p build
-	$(CXX) -std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
+	$(CXX) -std=c++20 -g -O1 $(SANITIZE) -pthread \
 	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
 
 $(PY):

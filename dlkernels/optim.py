@@ -54,9 +54,9 @@ def _scalars(group):
     """Our op's scalars, as _C.adam_step takes them, or None for options that it does not have."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     weight_decay, eps = group["weight_decay"], group["eps"]
-    if group["amsgrad"] or group["capturable"] or group["differentiable"]:
+    if group["amsgrad"] or group["capturable"] or group["differentiable"] is not False:
         return None
-    if any(isinstance(x, Tensor) for x in (beta1, beta2, weight_decay, eps)):
+    if any(isinstance(x, Tensor | bool) for x in (beta1, beta2, weight_decay, eps)):
         return None
     if isinstance(lr, Tensor) and (lr.requires_grad or type(lr) is not Tensor):
         return None

@@ -19,7 +19,8 @@ static int run(const cpu::Kernels& table, const cpu::AdamTensor& scalars, bool u
   cpu::AdamTensor t = scalars;
   t.param = p.data(), t.exp_avg = m.data(), t.exp_avg_sq = v.data(), t.grad = g.data();
   t.unscaled = unscale ? g.data() : nullptr;
-  table.adam(t, begin, end);
+  const int64_t middle = begin + (end - begin) / 3;
+  together([&] { table.adam(t, begin, middle); }, [&] { table.adam(t, middle, end); });
   int wrong = 0;
   for (int64_t i = 0; i < n; ++i) {
     double pi = p0[i], gi = g0[i], mi = m0[i], vi = v0[i];
@@ -42,6 +43,11 @@ static int adam(const cpu::Kernels& table) {
   for (int64_t n = 0; n <= 67; ++n) {
     wrong += run(table, plain, false, n, 0, n) + run(table, other, true, n, 0, n);
     wrong += run(table, other, false, n, n / 3, n - n / 5);
+  }
+  Random random;
+  for (int i = 0; i < random_cases; ++i) {
+    const int64_t n = random(0, 5000), begin = random(0, n);
+    wrong += run(table, random(0, 1) ? plain : other, random(0, 1), n, begin, random(begin, n));
   }
   return wrong;
 }

@@ -20,8 +20,7 @@ def taps(size, out, taps, stride, padding, dilation):
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """:func:`torch.nn.functional.conv2d` of valid arguments."""
     x = input if input.dim() == 4 else input[None]
-    N, C, *plane = x.shape
-    K, c, *window = weight.shape
+    plane, (K, c, *window) = x.shape[2:], weight.shape
     edges = pair(padding)
     stride, dilation = pair(stride), pair(dilation)
     axes = []
@@ -55,9 +54,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     (h, h_inside), (w, w_inside) = (
         taps(
             input.shape[i - 2],
-            pool_size(
-                input.shape[i - 2], kernel[i], stride[i], padding[i], dilation[i], ceil_mode
-            ),
+            pool_size(input.shape[i - 2], kernel[i], stride[i], padding[i], dilation[i], ceil_mode),
             kernel[i],
             stride[i],
             padding[i],

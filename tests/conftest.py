@@ -1,5 +1,10 @@
 """Every test that takes `machine` runs on each instruction set, with one thread and with two."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,3 +37,23 @@ def ieee():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs a program in a process of its own, from an empty folder, with the same dlkernels."""
+
+    def run(*args, code=0, path=Path(dlkernels.__file__).parents[1], timeout=300, **env):
+        args = args if len(args) > 1 else ("-c", *args)
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env=os.environ | dict(env, PYTHONPATH=str(path)),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run

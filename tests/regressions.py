@@ -41,21 +41,6 @@ REGRESSIONS = [
         for name in ("stride", "padding", "dilation")
         for value in (2**31, 2**62)
     ),
-    # int64 cannot hold it: PyTorch's words.
-    *(
-        (
-            "conv2d",
-            {
-                "op": "conv2d",
-                "x": ([1, 1, 5, 5], DENSE),
-                "w": ([1, 1, 3, 3], DENSE),
-                "b": None,
-                "options": {"groups": value},
-                "precision": "ieee",
-            },
-        )
-        for value in (2**63, 2**64)
-    ),
     # Two mistakes: PyTorch's is the first.
     (
         "cross_entropy",

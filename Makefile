@@ -27,14 +27,14 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 	$(PY) examples/train_digits.py --model cnn --kernels both
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize race $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
 sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
 	build/kernels_test
 
-race: build/kernels_race  ## test them for data races under TSan
+race: build/kernels_race  ## test them for data races under TSan: two minutes
 	build/kernels_race 10
 
 # 20,000 cases of each op take about 15 minutes.

@@ -2,6 +2,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 NAME ?= circles
+CASES ?= 20000
+SEED := $(or $(SEED),$(shell date +%s))
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
@@ -14,7 +16,8 @@ SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test sanitize cuda cuda-link .cuda-link gpu bench bench-quick lint format clean
+.PHONY: help train example test sanitize race fuzz cuda cuda-link .cuda-link gpu bench bench-quick \
+  lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -50,6 +53,14 @@ gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and Py
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m dlkernels.gpu_check
 
+race: build/kernels_race  ## test them for data races under TSan: two minutes
+	build/kernels_race 10
+
+# 20,000 cases of each op take about 15 minutes.
+fuzz: build/kernels_test $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
+	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
+	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PY) -m pytest -s test_fuzz.py
+
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
 
@@ -79,17 +90,19 @@ clean:  ## remove what was built, but not the environment
 	rm -f dlkernels/*.so dlkernels/_build.py $(VENV)/.dlkernels
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-build/kernels_test: $(wildcard tests/kernels_test*.cpp csrc/cpu/*)
+build/kernels_test: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+build/kernels_race: SANITIZE = -fsanitize=thread
+build/kernels_test build/kernels_race: $(wildcard tests/kernels_test* csrc/cpu/*)
 	mkdir -p build
-	$(CXX) -std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
+	$(CXX) -std=c++20 -g -O1 $(SANITIZE) -pthread \
 	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
 
 # The .cu files as plain C++, each thread of a block a fibre: see tests/cuda_on_cpu.h.
-build/cuda_test: SANITIZERS = address,undefined
-build/cuda_race_test: SANITIZERS = thread
+build/cuda_test: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+build/cuda_race_test: SANITIZE = -fsanitize=thread
 build/cuda_test build/cuda_race_test: $(wildcard tests/cuda_* tests/kernels_test.h csrc/cuda/*)
 	mkdir -p build
-	$(CXX) -std=c++20 -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
+	$(CXX) -std=c++20 -g -O1 $(SANITIZE) \
 	  -Wall -Wextra -Wno-unknown-pragmas -Icsrc -Itests tests/cuda_test*.cpp -o $@
 
 $(PY):

@@ -39,15 +39,16 @@ def _torch(op, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
+def _is_int(x):
+    """An int of 64 bits."""
+    return type(x) in _INT and -(2**63) <= x < 2**63
+
+
 def _are_ints(x):
     """One int, or one or two of them: how PyTorch takes sizes in two dimensions."""
-    if type(x) in _INT:
-        return -(2**63) <= x < 2**63
-    return (
-        isinstance(x, tuple | list)
-        and len(x) in (1, 2)
-        and all(type(i) in _INT and -(2**63) <= i < 2**63 for i in x)
-    )
+    if isinstance(x, tuple | list):
+        return len(x) in (1, 2) and all(map(_is_int, x))
+    return _is_int(x)
 
 
 def _pair(x):
@@ -165,7 +166,7 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 def _conv2d_sizes(weight, stride, padding, dilation, groups):
     """(stride, (top, bottom, left, right), dilation, groups), or None: PyTorch is to judge them."""
-    if not (_are_ints(stride) and _are_ints(dilation) and type(groups) in _INT):
+    if not (_are_ints(stride) and _are_ints(dilation) and _is_int(groups)):
         return None
     stride, dilation = _pair(stride), _pair(dilation)
     if padding == "valid":
@@ -354,8 +355,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if (
-        type(ignore_index) in _INT
-        and -(2**63) <= ignore_index < 2**63
+        _is_int(ignore_index)
         and isinstance(label_smoothing, int | float)
         and _ours(input, target, target if weight is None else weight)
     ):

@@ -37,8 +37,29 @@ class _Optimizer:
             with torch.enable_grad():
                 loss = closure()
         if not (functional._ours() and self._step()):
-            functional._torch(self._op, _unhooked(super().step))
+            functional._torch(self._op, self._torch_step)
         return loss
+
+    def _torch_step(self):
+        """PyTorch's step; not its fused one on tensors that are no runs of memory in one order: on
+        the CPU it takes them for such, and reads and writes outside of them."""
+        groups = [g for g in self.param_groups if g.get("fused") and not self._are_runs(g)]
+        for group in groups:
+            group["fused"] = False
+        try:
+            _unhooked(super().step)()
+        finally:
+            for group in groups:
+                group["fused"] = True
+
+    def _are_runs(self, group):
+        return all(
+            t.is_contiguous()
+            for p in group["params"]
+            if p.grad is not None and p.is_cpu and p.is_floating_point()
+            for t in (p, p.grad, *self.state.get(p, {}).values())
+            if isinstance(t, Tensor) and t.layout == torch.strided
+        )
 
     def _step(self):
         """Our op on every group; False, with nothing done, where one of them is not for it."""
@@ -163,12 +184,23 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
 
 
 def _has_op(group, lr, *numbers):
-    """Whether our ops have what a group asks for."""
-    if any(group.get(option) for option in ("amsgrad", "capturable", "differentiable")):
+    """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not checked
+    yet."""
+    if group.get("amsgrad") or group.get("capturable"):
         return False
-    if any(isinstance(x, Tensor) for x in numbers):
+    if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):
         return False
-    return not isinstance(lr, Tensor) or (type(lr) is Tensor and not lr.requires_grad)
+    if not all(map(_is_number, numbers)):
+        return False
+    if not isinstance(lr, Tensor):
+        return _is_number(lr)
+    plain = type(lr) is Tensor and not lr.is_complex() and lr.numel() == 1
+    return plain and not lr.requires_grad
+
+
+def _is_number(x):
+    """A number that is finite in float32, too."""
+    return isinstance(x, float | int) and not isinstance(x, bool) and abs(x) < 1e38
 
 
 def _unhooked(step):

@@ -55,9 +55,10 @@ def assert_close(got, torchs, exact):
     assert not wrong.any(), f"got {got[wrong]}, PyTorch {torchs[wrong]}, float64 {exact[wrong]}"
 
 
-def run(f, args, kwargs, dtype, grad_ys=None):
-    """f's outputs, its gradients (for tensors that require one), and the grad_ys that were used."""
-    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))
+def run(f, args, kwargs, dtype=None, grad_ys=None):
+    """f's outputs, its gradients (for tensors that require one), and the grad_ys that were used.
+    Floating tensors are converted to dtype, unless that is None."""
+    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype or x.dtype))
     ys = f(*args, **kwargs)
     ys = ys if isinstance(ys, tuple) else (ys,)
     inputs = [
@@ -67,8 +68,29 @@ def run(f, args, kwargs, dtype, grad_ys=None):
         return ys, (), None
     grad_ys = grad_ys or [torch.randn_like(y) for y in ys if y.requires_grad]
     wanted = [y for y in ys if y.requires_grad]
-    grads = torch.autograd.grad(wanted, inputs, [g.to(dtype) for g in grad_ys])
+    grads = torch.autograd.grad(wanted, inputs, [g.to(y.dtype) for g, y in zip(grad_ys, wanted)])
     return ys, grads, grad_ys
+
+
+def compare(ours, torchs, args, kwargs=None, grad_strides=True, close=assert_close):
+    """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`, and the inputs
+    stay as they are. grad_strides=False where PyTorch's happen to lie transposed."""
+    kwargs = kwargs or {}
+    tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
+    before = [(x.clone(), x._version) for x in tensors]
+    ys, grads, grad_ys = run(ours, args, kwargs)
+    ys_torch, grads_torch, _ = run(torchs, args, kwargs, grad_ys=grad_ys)
+    ys_exact, grads_exact, _ = run(torchs, args, kwargs, torch.float64, grad_ys)
+    for results in zip(
+        [*ys, *grads], [*ys_torch, *grads_torch], [*ys_exact, *grads_exact], strict=True
+    ):
+        close(*results)
+    for got, torch_ in zip([*ys, *grads], [*ys_torch, *grads_torch], strict=True):
+        if got.numel() > 0 and (grad_strides or got.grad_fn):
+            assert steps(got) == steps(torch_)
+    for x, (value, version) in zip(tensors, before, strict=True):
+        assert x._version == version
+        torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
 
 
 def check(
@@ -82,25 +104,11 @@ def check(
     device="cpu",
     dtype=torch.float32,
 ):
-    """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`; the inputs
-    stay as they are; and the named kernels of ours ran (`backward` where a gradient is wanted),
-    nothing through PyTorch. grad_strides=False where PyTorch's happen to lie transposed."""
+    """compare() on that device and in that dtype, and the named kernels of ours ran (`backward`
+    where a gradient is wanted), nothing through PyTorch."""
     args, kwargs = convert((args, kwargs or {}), lambda x: x.to(device), only_floats=False)
-    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))  # float64 sees what they see
+    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
-    before = [(x.clone(), x._version) for x in tensors]
-    kernels = {*forward, *(backward if any(x.requires_grad for x in tensors) else ())}
-    with calls(kernels):
-        ys, grads, grad_ys = run(ours, args, kwargs, dtype)
-    ys_torch, grads_torch, _ = run(torchs, args, kwargs, dtype, grad_ys)
-    ys_exact, grads_exact, _ = run(torchs, args, kwargs, torch.float64, grad_ys)
-    for results in zip(
-        [*ys, *grads], [*ys_torch, *grads_torch], [*ys_exact, *grads_exact], strict=True
-    ):
-        assert_close(*results)
-    for got, torch_ in zip([*ys, *grads], [*ys_torch, *grads_torch], strict=True):
-        if got.numel() > 0 and (grad_strides or got.grad_fn):
-            assert steps(got) == steps(torch_)
-    for x, (value, version) in zip(tensors, before, strict=True):
-        assert x._version == version
-        torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
+    wanted = any(x.requires_grad for x in tensors)
+    with calls({*forward, *(backward if wanted else ())}):
+        compare(ours, torchs, args, kwargs, grad_strides)

@@ -1,6 +1,8 @@
 """Every test that takes `machine` runs on each instruction set, with one thread and with two."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,3 +77,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs a program in a process of its own, from an empty folder, with the same dlkernels."""
+
+    def run(*args, code=0, path=Path(dlkernels.__file__).parents[1], timeout=300, **env):
+        args = args if len(args) > 1 else ("-c", *args)
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env=os.environ | dict(env, PYTHONPATH=str(path)),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run

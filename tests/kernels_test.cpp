@@ -1,9 +1,12 @@
-// Runs every registered test on every table, and once more with the guard pages moved.
+// Runs every registered test on every table, and once more with the guard pages moved:
+// kernels_test [random cases a test] [their seed].
 #include "kernels_test.h"
 
 using namespace dlkernels;
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) test::random_cases = std::atoi(argv[1]);
+  if (argc > 2) test::random_seed = static_cast<uint32_t>(std::strtoul(argv[2], nullptr, 10));
   int wrong = 0, ran = 0;
   for (const cpu::Kernels* table : {&cpu::baseline, &cpu::avx2, &cpu::avx512}) {
     if (!cpu::set_isa(table->isa)) {
@@ -19,6 +22,7 @@ int main() {
       }
     }
   }
-  std::printf("kernels: %d passed, %d failed\n", ran - wrong, wrong);
+  std::printf("kernels: %d passed, %d failed; %d random cases each, seed %u\n", ran - wrong, wrong,
+              test::random_cases, test::random_seed);
   return wrong != 0 || ran == 0;
 }

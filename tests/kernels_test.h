@@ -1,5 +1,6 @@
 // Torch-free tests of the kernel tables: run on every table this machine supports, with every
-// buffer against a guard page, first at its end and then at its start. Build with any sanitizer:
+// buffer against a guard page, first at its end and then at its start, and the parts of a call on
+// threads of their own. Build with any sanitizer:
 //   g++ -std=c++20 -g -fsanitize=address,undefined -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp
 #pragma once
 #include <sys/mman.h>
@@ -8,8 +9,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -69,6 +72,32 @@ struct Test {
     return tests;
   }
 };
+
+inline int random_cases = 30;  // of each random test, for each table
+inline uint32_t random_seed = 1;
+
+// Numbers that repeat on every run.
+struct Random {
+  uint64_t state = random_seed;
+  int64_t operator()(int64_t low, int64_t high) {  // in [low, high]
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return low + static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(high - low + 1));
+  }
+};
+
+// The parts of a call: every eighth time at once, each on a thread of its own, as csrc/ops splits
+// the work; else, because threads take longer than small parts, one after the other, last first.
+template <class... Part>
+void together(const Part&... part) {
+  static int calls = 0;
+  if (++calls % 8 == 0) {
+    std::thread threads[] = {std::thread(part)...};
+    for (std::thread& t : threads) t.join();
+  } else {
+    const std::function<void()> parts[] = {part...};
+    for (size_t i = sizeof...(part); i-- > 0;) parts[i]();
+  }
+}
 
 inline bool close(double got, double expected, double tolerance) {
   return (std::isnan(got) && std::isnan(expected)) || got == expected ||

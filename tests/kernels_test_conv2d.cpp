@@ -87,16 +87,20 @@ struct Case {
     v.y = y, v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }
 
-  // A pass in several parts, out of order.
+  // A pass in several parts.
   void run(const cpu::Conv2dKernels& t, const cpu::Conv2d& v, const cpu::Filter& f) {
     Buffer<float> packed(t.panels(v) * t.panel_floats(v));
-    Buffer<float> scratch(t.scratch(v));
     const int64_t panels = t.panels(v), blocks = s.N * t.blocks(v);
-    t.pack(v, f, packed.data(), panels / 2, panels);
-    t.pack(v, f, packed.data(), 0, panels / 2);
-    for (const auto& [b, e] : {std::pair{blocks / 2, blocks}, {int64_t{0}, blocks / 2}})
-      for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}})
-        t.forward(v, packed.data(), b, e, p, q, scratch.data());
+    together([&] { t.pack(v, f, packed.data(), panels / 2, panels); },
+             [&] { t.pack(v, f, packed.data(), 0, panels / 2); });
+    const auto part = [&](int64_t b, int64_t e, int64_t p, int64_t q) {
+      Buffer<float> scratch(t.scratch(v));
+      t.forward(v, packed.data(), b, e, p, q, scratch.data());
+    };
+    together([&] { part(blocks / 2, blocks, panels / 2, panels); },
+             [&] { part(blocks / 2, blocks, 0, panels / 2); },
+             [&] { part(0, blocks / 2, panels / 2, panels); },
+             [&] { part(0, blocks / 2, 0, panels / 2); });
   }
 
   template <class F>  // f(n, o, oh, ow)
@@ -198,23 +202,75 @@ int gradients(const cpu::Conv2dKernels& t, Case& c) {
   v = c.forward();
   const int64_t blocks = c.s.N * t.blocks(v), panels = t.panels(v);
   const int64_t size = t.sum_floats(v);
-  Buffer<float> sums(2 * size), bias_sums(2 * c.s.K), scratch(t.scratch(v));
+  Buffer<float> sums(2 * size), bias_sums(2 * c.s.K);
   Buffer<float> total(size), bias_total(c.s.K);
-  for (const auto& [b, e] : {std::pair{int64_t{0}, blocks / 2 + 1}, {blocks / 2 + 1, blocks}})
-    for (const auto& [p, q] : {std::pair{panels / 2, panels}, {int64_t{0}, panels / 2}}) {
-      float* to = sums.data() + (b ? size : 0);
-      if (b == e) std::fill_n(to, size, 0.0f), std::fill_n(&bias_sums[c.s.K], c.s.K, 0.0f);
-      t.grad_weight(v, grad, b, e, p, q, to, bias_sums.data() + (b ? c.s.K : 0), scratch.data());
-    }
+  const int64_t half = blocks / 2 + 1;
+  if (half >= blocks) sums.fill(0), bias_sums.fill(0);  // no part will write the second
+  const auto part = [&](int64_t b, int64_t e, int64_t p, int64_t q) {
+    Buffer<float> scratch(t.scratch(v));
+    if (b < e)
+      t.grad_weight(v, grad, b, e, p, q, sums.data() + (b ? size : 0),
+                    bias_sums.data() + (b ? c.s.K : 0), scratch.data());
+  };
+  together([&] { part(0, half, panels / 2, panels); }, [&] { part(0, half, 0, panels / 2); },
+           [&] { part(half, blocks, panels / 2, panels); },
+           [&] { part(half, blocks, 0, panels / 2); });
   for (int64_t i = 0; i < size; ++i) total[i] = sums[i] + sums[size + i];
   for (int64_t i = 0; i < c.s.K; ++i) bias_total[i] = bias_sums[i] + bias_sums[c.s.K + i];
-  t.unpack(v, total.data(), c.filter(false), grad_weight.data(), panels / 2, panels);
-  t.unpack(v, total.data(), c.filter(false), grad_weight.data(), 0, panels / 2);
+  const auto unpack = [&](int64_t p, int64_t q) {
+    t.unpack(v, total.data(), c.filter(false), grad_weight.data(), p, q);
+  };
+  together([&] { unpack(panels / 2, panels); }, [&] { unpack(0, panels / 2); });
   const double tolerance = 1e-6 * (c.s.N * c.OH * c.OW + 4);
   for (int64_t i = 0; i < c.weight.size(); ++i) wrong += !close(grad_weight[i], gw[i], tolerance);
   for (int64_t i = 0; i < c.s.K; ++i) wrong += !close(bias_total[i], gb[i], tolerance);
   return wrong;
 }
+
+// All algorithms that are for the shape.
+int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
+  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
+      {"direct", &t.conv2d}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};
+  const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
+  int wrong = 0;
+  for (const auto& [name, way] : ways) {
+    if (way != &t.conv2d && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
+    Case c(s, last);
+    Buffer<float> expanded(c.y.size());
+    const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c, expanded);
+    if (y + g + p)
+      std::printf("%s C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
+                  long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
+    wrong += y + g + p;
+  }
+  return wrong;
+}
+
+int conv2d_random(const cpu::Kernels& t) {
+  Random random;
+  int wrong = 0;
+  for (int done = 0; done < random_cases;) {
+    const bool plain = random(0, 2) == 0;
+    const auto axis = [&]() -> Axis {
+      const int64_t in = random(1, 40);
+      if (plain) return {in, 3, 1, random(0, 2)};
+      if (random(0, 5)) return {in, random(1, 6), random(1, 4), random(0, 6), random(1, 4)};
+      const int64_t far = int64_t{1} << random(5, 30), taps = random(1, 4);
+      if (random(0, 1)) return {in, taps, far, random(0, 6), random(1, 3)};
+      return {in, taps, 1, far * (taps - 1) / 2, far};
+    };
+    const int64_t groups = plain || random(0, 1) ? 1 : random(1, 4);
+    const Shape s = {random(1, 3), groups * random(1, 20), groups * random(1, 40), axis(), axis(),
+                     groups};
+    if (s.h.in + 2 * s.h.pad <= s.h.dilation * (s.h.taps - 1) ||
+        s.w.in + 2 * s.w.pad <= s.w.dilation * (s.w.taps - 1))
+      continue;  // the window is larger than the image
+    if (s.N * s.K * s.h.out() * s.w.out() * s.C / groups * s.h.taps * s.w.taps > 1000000) continue;
+    wrong += every_way(t, s, random(0, 1)), ++done;
+  }
+  return wrong;
+}
+const Test conv2d_random_test("conv2d_random", conv2d_random);
 
 int conv2d(const cpu::Kernels& t) {
   const Shape shapes[] = {
@@ -243,24 +299,9 @@ int conv2d(const cpu::Kernels& t) {
       {1, 4, 8, {5, 3, 1, 1}, {102, 3, 1, 1}},          // an odd number of tiles
       {1, 16, 4, {32, 3, 1, 5, 5}, {100, 3, 1, 5, 5}},  // a last block less than a dilation
   };
-  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
-      {"direct", &t.conv2d}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};
   int wrong = 0;
   for (const Shape& s : shapes)
-    for (const bool last : {false, true})
-      for (const auto& [name, way] : ways) {
-        const auto plain = [](const Axis& a) {
-          return a.taps == 3 && a.stride == 1 && a.dilation == 1;
-        };
-        if (way != &t.conv2d && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
-        Case c(s, last);
-        Buffer<float> expanded(c.y.size());
-        const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c, expanded);
-        if (y + g + p)
-          std::printf("%s C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
-                      long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
-        wrong += y + g + p;
-      }
+    for (const bool last : {false, true}) wrong += every_way(t, s, last);
   Buffer<float> x(3 * 67, 1), y(67);
   t.sum_rows(x.data(), 3, 67, y.data(), 0, 67);
   for (int64_t i = 0; i < 67; ++i) wrong += y[i] != (x[i] + x[67 + i]) + x[134 + i];

@@ -77,8 +77,10 @@ struct Case {
 
 int run(const cpu::Kernels& table, int64_t N, int64_t C, const Options& o, int64_t inner = 1) {
   Case all(N, C, o, inner);
-  const double sum =
-      table.cross_entropy(all.args, 0, N / 3) + table.cross_entropy(all.args, N / 3, N);
+  double sums[2] = {};
+  together([&] { sums[0] = table.cross_entropy(all.args, 0, N / 3); },
+           [&] { sums[1] = table.cross_entropy(all.args, N / 3, N); });
+  const double sum = sums[0] + sums[1];
   int wrong = 0;
   double total = 0;
   for (int64_t n = 0; n < N; ++n) {
@@ -118,6 +120,28 @@ int cross_entropy_inner(const cpu::Kernels& table) {
   return wrong;
 }
 const Test cross_entropy_inner_test("cross_entropy_inner", cross_entropy_inner);
+
+int cross_entropy_random(const cpu::Kernels& table) {
+  Random random;
+  int wrong = 0;
+  for (int i = 0; i < random_cases; ++i) {
+    const int64_t C = random(0, 9) ? random(1, 150) : random(1, 20000);
+    const int64_t inner = random(0, 1) ? random(1, 40) : 1, most = 40000 / (C * inner);
+    const int64_t N = inner * random(1, most < 1 ? 1 : most);
+    const Options o = {.classes = random(0, 1) != 0,
+                       .weighted = random(0, 1) != 0,
+                       .losses = random(0, 1) != 0,
+                       .grad = random(0, 1) != 0,
+                       .smoothing = random(0, 1) ? 0.1f : 0,
+                       .spread = random(0, 1) ? 5.0f : 80.0f};
+    const int bad = run(table, N, C, o, inner);
+    if (bad)
+      std::printf("case %d: N=%ld C=%ld inner=%ld: %d\n", i, long(N), long(C), long(inner), bad);
+    wrong += bad;
+  }
+  return wrong;
+}
+const Test cross_entropy_random_test("cross_entropy_random", cross_entropy_random);
 
 // Infinities and NaN; a class of probability 0 has gradient 0 exactly.
 int cross_entropy_extremes(const cpu::Kernels& table) {
@@ -175,8 +199,8 @@ int cross_entropy_backward(const cpu::Kernels& table) {
                                           .inner = inner,
                                           .ignore_index = kIgnored,
                                           .grad = grad_x.data()};
-          table.cross_entropy_backward(args, grad_y.data(), step, 0, 2);
-          table.cross_entropy_backward(args, grad_y.data(), step, 2, N);
+          together([&] { table.cross_entropy_backward(args, grad_y.data(), step, 0, 2); },
+                   [&] { table.cross_entropy_backward(args, grad_y.data(), step, 2, N); });
           for (int64_t n = 0; n < N; ++n)
             for (int64_t c = 0; c < C; ++c) {
               const float expected = n == N - 1 ? 0 : grad[at(n, c)] * grad_y[n * step];

@@ -7,8 +7,7 @@ using namespace dlkernels::test;
 
 // One product in three parts against a double-precision loop. Bits of `options`: A lies
 // transposed, B lies transposed, A is masked, biases and ReLU, accumulate, row sums.
-static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int options,
-                   float* scratch) {
+static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int options) {
   const bool a_t = options & 1, b_t = options & 2, masked = options & 4, act = options & 8;
   const bool accumulate = options & 16, sums_wanted = options & 32;
   Buffer<float> a(M * K, 1), mask(masked ? M * K : 0, 2), b(N * K, 3), c(M * N, 4);
@@ -46,11 +45,15 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
 
   const auto in_parts = [&](const auto& run) {
     const int64_t m = M / 2, n = (N + 2) / 3;  // parts may begin anywhere
-    run({0, m, 0, N});
-    run({m, M, 0, n});
-    if (n < N) run({m, M, n, N});
+    together([&] { run({0, m, 0, N}); }, [&] { run({m, M, 0, n}); },
+             [&] {
+               if (n < N) run({m, M, n, N});
+             });
   };
-  in_parts([&](const cpu::GemmPart& part) { t.gemm(A, B, K, out, part, scratch); });
+  in_parts([&](const cpu::GemmPart& part) {
+    Buffer<float> scratch(t.gemm_scratch);
+    t.gemm(A, B, K, out, part, scratch.data());
+  });
   check("gemm");
   if (a_t || b_t || masked || sums_wanted) return wrong;
   for (int64_t i = 0; i < M * N; ++i) c[i] = before[i];
@@ -60,10 +63,9 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
 }
 
 static int gemm(const cpu::Kernels& t) {
-  Buffer<float> scratch(t.gemm_scratch);
   int wrong = 0, options = 0;
   const auto test = [&](int64_t M, int64_t N, int64_t K, int options) {
-    wrong += product(t, M, N, K, options, scratch.data()) != 0;
+    wrong += product(t, M, N, K, options) != 0;
   };
   // Every M and N with some K, every K with some M and N, all of them nothing once. The steps visit
   // all options.
@@ -76,6 +78,11 @@ static int gemm(const cpu::Kernels& t) {
   for (int i = 0; i < 8; ++i) {
     test(30, 40, 1100, i + 8 * (i % 4)), test(370, 40, 18, i + 8 * (i % 4));
     test(20, 1100, 18, i + 8 * (i % 4)), test(60, 4096, 2, i + 8 * (i % 4));
+  }
+  Random random;
+  for (int i = 0; i < random_cases; ++i) {
+    const int64_t M = random(0, 200), N = random(0, 200), most = 2000000 / (M * N + 1000);
+    test(M, N, random(0, most), static_cast<int>(random(0, 63)));
   }
   return wrong;
 }

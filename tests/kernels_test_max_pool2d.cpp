@@ -24,17 +24,19 @@ static int pool(const cpu::Kernels& t, int64_t images, const cpu::Pool& p) {
     if (i % 7 == 5) x[i] = -INFINITY;
   }
   const int64_t rows = images * p.h.out, rows_x = images * p.h.in;
-  t.max_pool2d(x.data(), y.data(), argmax.data(), p, 0, rows / 2);
-  t.max_pool2d(x.data(), y.data(), argmax.data(), p, rows / 2, rows);
+  together([&] { t.max_pool2d(x.data(), y.data(), argmax.data(), p, 0, rows / 2); },
+           [&] { t.max_pool2d(x.data(), y.data(), argmax.data(), p, rows / 2, rows); });
   t.max_pool2d(x.data(), y_only.data(), nullptr, p, 0, rows);
-  t.max_pool2d_indices(argmax.data(), indices.data(), p, 0, rows / 2);
-  t.max_pool2d_indices(argmax.data(), indices.data(), p, rows / 2, rows);
+  together([&] { t.max_pool2d_indices(argmax.data(), indices.data(), p, 0, rows / 2); },
+           [&] { t.max_pool2d_indices(argmax.data(), indices.data(), p, rows / 2, rows); });
   int wrong = 0;
   for (const bool lie : {false, true}) {
     for (int64_t o = 0; lie && o < n_y; ++o) argmax[o] = static_cast<uint8_t>(o * 89);
     expected.fill(0), grad_x.fill(NAN);
-    t.max_pool2d_backward(grad_y.data(), argmax.data(), grad_x.data(), p, 0, rows_x / 2);
-    t.max_pool2d_backward(grad_y.data(), argmax.data(), grad_x.data(), p, rows_x / 2, rows_x);
+    const auto backward = [&](int64_t begin, int64_t end) {
+      t.max_pool2d_backward(grad_y.data(), argmax.data(), grad_x.data(), p, begin, end);
+    };
+    together([&] { backward(0, rows_x / 2); }, [&] { backward(rows_x / 2, rows_x); });
     for (int64_t o = 0; o < n_y; ++o) {
       const int64_t c = o % p.C, ow = o / p.C % p.w.out, oh = o / p.C / p.w.out % p.h.out;
       const int64_t image = o / p.C / windows * plane;
@@ -96,3 +98,28 @@ static int max_pool2d(const cpu::Kernels& t) {
   return wrong;
 }
 static const Test max_pool2d_test("max_pool2d", max_pool2d);
+
+// Windows of any kind that a byte can count; wide ones may hold no element.
+static int max_pool2d_random(const cpu::Kernels& t) {
+  Random random;
+  int wrong = 0;
+  for (int i = 0; i < random_cases; ++i) {
+    const auto axis = [&](int64_t most_taps) {
+      cpu::PoolAxis a = {random(1, 40), 1, random(1, most_taps), 1, 0, 1};
+      a.stride = random(0, 4) ? random(1, 5) : int64_t{1} << random(5, 30);
+      a.pad = random(0, a.kernel / 2);
+      a.dilation = random(0, 2) ? 1 : random(0, 3) ? random(2, 9) : int64_t{1} << random(5, 30);
+      const int64_t room = a.in + a.pad - 1;  // where the last window may begin
+      a.out = random(1, room / a.stride + 1);
+      return a;
+    };
+    const cpu::Pool p = {random(0, 2) ? random(1, 40) : 1, axis(15), axis(17)};
+    const int bad = pool(t, random(1, 3), p);
+    if (bad)
+      std::printf("case %d: C=%ld H=%ld W=%ld: %d\n", i, long(p.C), long(p.h.in), long(p.w.in),
+                  bad);
+    wrong += bad;
+  }
+  return wrong;
+}
+static const Test max_pool2d_random_test("max_pool2d_random", max_pool2d_random);

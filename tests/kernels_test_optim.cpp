@@ -79,7 +79,9 @@ static int run(const Case<Scalars>& c, const Scalars& scalars, const cpu::OptimT
       for (auto* state : {states[k], before[k]})
         (*state)[i] = k == 0 ? 1 + std::fabs((*state)[i]) : 0.5f * std::fabs((*state)[i]);
   }
-  c.kernel(t, scalars, begin, end);
+  const int64_t middle = begin + (end - begin) / 3;
+  together([&] { c.kernel(t, scalars, begin, middle); },
+           [&] { c.kernel(t, scalars, middle, end); });
   int wrong = 0;
   for (int64_t i = 0; i < n; ++i) {
     Element e = {p0[i], g0[i], {t0[i], t1[i], t2[i]}};
@@ -106,6 +108,11 @@ static int run_all(const Case<Scalars>& c, const Scalars& scalars) {
   for (int64_t n = 0; n <= 67; ++n) {
     wrong += run(c, scalars, plain, false, n, 0, n) + run(c, scalars, other, true, n, 0, n);
     wrong += run(c, scalars, other, false, n, n / 3, n - n / 5);
+  }
+  Random random;
+  for (int i = 0; i < random_cases; ++i) {
+    const int64_t n = random(0, 5000), begin = random(0, n), end = random(begin, n);
+    wrong += run(c, scalars, random(0, 1) ? plain : other, random(0, 1), n, begin, end);
   }
   return wrong;
 }

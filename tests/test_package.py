@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,6 @@ from dlkernels._check import CASES, check
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(dlkernels.__file__).parent
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Runs a program in a process of its own, from an empty folder, with the same dlkernels."""
-
-    def run(*args, code=0, path=PACKAGE.parent, **env):
-        args = args if len(args) > 1 else ("-c", *args)
-        done = subprocess.run(
-            [sys.executable, *args],
-            cwd=tmp_path,
-            env=os.environ | dict(env, PYTHONPATH=str(path)),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
 
 
 def last_line(done):

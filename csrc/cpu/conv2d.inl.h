@@ -270,6 +270,7 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
 
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
+  if (panel_begin == panel_end) return;  // planes are always all of the channels
   const Cut cut(v);
   const int64_t pool = v.argmax ? 2 : 1;
   const bool narrow = are_planes(v, cut);

@@ -8,7 +8,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <pthread.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -141,14 +143,28 @@ inline float* scratch(int64_t floats) {
   return buffer.get();
 }
 
+// A fork copies no thread but its own, and GNU OpenMP waits for the others forever (PyTorch's ops
+// hang there). In the child of a process that had threads, ours run on the one that is left.
+inline std::atomic<bool> had_threads{false}, lost_threads{false};
+inline const int watches_forks = pthread_atfork(
+    [] {
+      struct stat tasks;  // linked from ".", ".." and every thread
+      had_threads = stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink > 3;
+    },
+    nullptr,
+    [] {
+      if (had_threads) lost_threads = true;
+    });
+
 // f(begin, end) over [0, n), in chunks. A thread takes the chunks of its own share in order, so
 // that it meets the same memory in one op after the other, and then what is left of the others':
 // one that the system holds up does not hold up the rest. Less than `grain`, about 20 us of work,
 // is not worth a fork.
 template <class F>
 void parallel_chunks(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
-  if (threads <= 1 || at::in_parallel_region()) return n > 0 ? f(int64_t{0}, n) : void();
+  if (threads <= 1 || at::in_parallel_region() || lost_threads) return f(int64_t{0}, n);
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;

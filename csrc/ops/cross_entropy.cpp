@@ -50,10 +50,11 @@ Result called(const Tensor& input, const Tensor& target, const optional<Tensor>&
 
 // PyTorch's own, for what is not ours.
 Tensor cross_entropy_torch(const Args& a) {
-  check_smoothing(a.label_smoothing);
   cross_entropy_stats.torch_ran();
-  return at::cross_entropy_loss(a.input, a.target, a.weight, a.reduction, a.ignore_index,
-                                a.label_smoothing);
+  const Tensor loss = at::cross_entropy_loss(a.input, a.target, a.weight, a.reduction,
+                                             a.ignore_index, a.label_smoothing);
+  check_smoothing(a.label_smoothing);  // after what PyTorch itself refuses, as it refuses that
+  return loss;
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------

@@ -159,6 +159,7 @@ Two max_pool2d_forward_cpu(const Tensor& input, IntArrayRef window, bool ceil_mo
 Tensor max_pool2d_indices_cpu(const Tensor& argmax, SymIntArrayRef input_size, IntArrayRef window,
                               bool ceil_mode) {
   Tensor indices = max_pool2d_indices_meta(argmax, input_size, window, ceil_mode);
+  if (indices.numel() == 0) return indices;
   const Tensor a = argmax.contiguous(indices.suggest_memory_format());
   const cpu::Pool p = view({"max_pool2d_indices", window, ceil_mode}, input_size, indices);
   const uint8_t* from = a.const_data_ptr<uint8_t>();
@@ -185,6 +186,7 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
                                SymIntArrayRef input_size, IntArrayRef window, bool ceil_mode) {
   Tensor grad_x = huge(max_pool2d_backward_meta(grad_y, argmax, input_size, window, ceil_mode));
   max_pool2d_backward_stats.kernel_ran();
+  if (grad_x.numel() == 0) return grad_x;
   const auto layout = argmax.suggest_memory_format();
   const Tensor g = grad_y.contiguous(layout), a = argmax.contiguous(layout);
   const cpu::Pool p = view({"max_pool2d_backward", window, ceil_mode}, input_size, a);

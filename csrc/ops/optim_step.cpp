@@ -13,11 +13,14 @@ namespace {
 
 using Lists = std::vector<std::vector<Tensor>>;  // params, grads, and one for each key
 
+// A list that is written must not hold tensors with the negative bit: the dispatcher refuses it.
+bool is_for_list(const Tensor& t) { return is_plain(t) && t.is_cpu() && !t.is_neg(); }
+
 // A plain tensor, or null.
 const Tensor* plain(PyObject* object) {
   if (!object || !THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  return is_plain(t) && t.is_cpu() ? &t : nullptr;
+  return is_for_list(t) ? &t : nullptr;
 }
 
 // Borrowed; null where there is none.
@@ -70,7 +73,7 @@ Found collect(PyObject* params, const pybind11::tuple& keys, States& states, Lis
     if (!param) return Found::kNotOurs;
     const Tensor& grad = param->grad();
     if (!grad.defined()) continue;
-    if (!is_plain(grad) || at::isTensorSubclassLike(grad)) return Found::kNotOurs;
+    if (!is_for_list(grad) || at::isTensorSubclassLike(grad)) return Found::kNotOurs;
     lists[0].push_back(*param), lists[1].push_back(grad);
     if (stateless) continue;
     const Found state = collect_state(states.of(object), keys, lists);

@@ -1,0 +1,55 @@
+"""Cases that once failed, for test_fuzz.py: (name in its CHECKS, case)."""
+
+DENSE = {"layout": "dense", "dtype": "float32", "grad": True}
+ADAM = {
+    "lr": 0.1,
+    "betas": (0.9, 0.99),
+    "eps": 1e-8,
+    "weight_decay": 0,
+    "amsgrad": False,
+    "foreach": None,
+    "fused": None,
+    "differentiable": False,
+}
+
+REGRESSIONS = [
+    # Empty parameters alone: division by zero.
+    (
+        "adam",
+        {
+            "op": "Adam",
+            "params": [([0], DENSE, DENSE)],
+            "skipped": [],
+            "options": ADAM,
+            "steps": 2,
+            "groups": 1,
+        },
+    ),
+    # A double tensor, which is PyTorch's, and sizes that its arithmetic wraps around.
+    *(
+        (
+            "conv2d",
+            {
+                "op": "conv2d",
+                "x": ([1, 1, 5, 5], {**DENSE, "dtype": "float64"}),
+                "w": ([1, 1, 3, 3], {**DENSE, "dtype": "float64"}),
+                "b": None,
+                "options": {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, name: value},
+                "precision": "ieee",
+            },
+        )
+        for name in ("stride", "padding", "dilation")
+        for value in (2**31, 2**62)
+    ),
+    # Two mistakes: PyTorch's is the first.
+    (
+        "cross_entropy",
+        {
+            "x": ([1], {**DENSE, "dtype": "int64"}),
+            "target": ([1], "probabilities"),
+            "range": (0, 1),
+            "weight": None,
+            "options": {"label_smoothing": 1.5},
+        },
+    ),
+]

@@ -50,15 +50,24 @@ class AdamW(Adam, torch.optim.AdamW):
     """:class:`torch.optim.AdamW`: see :class:`Adam`."""
 
 
+_NUMBERS = float, int
+
+
 def _scalars(group):
     """Our op's scalars, as _C.adam_step takes them, or None for options that it does not have."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     weight_decay, eps = group["weight_decay"], group["eps"]
     if group["amsgrad"] or group["capturable"] or group["differentiable"]:
         return None
-    if any(isinstance(x, Tensor) for x in (beta1, beta2, weight_decay, eps)):
+    # What a group was given after its construction, PyTorch has not checked yet.
+    if not all(isinstance(x, _NUMBERS) for x in (beta1, beta2, weight_decay, eps)):
         return None
-    if isinstance(lr, Tensor) and (lr.requires_grad or type(lr) is not Tensor):
+    if isinstance(lr, Tensor):
+        if lr.requires_grad or lr.is_complex() or lr.numel() != 1 or type(lr) is not Tensor:
+            return None
+    elif not isinstance(lr, _NUMBERS):
+        return None
+    if beta1 == 1 or beta2 == 1:  # a division by zero
         return None
     return (
         float(lr),

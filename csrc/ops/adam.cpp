@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/TypeCast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -252,6 +253,8 @@ void set_scalars(cpu::AdamTensor& t, const Adam& a, double step) {
 void adam_cpu(const Adam& a) {
   check(a);
   if (!all<is_plain>(a)) return adam_torch(a);  // tangents stop at adam_autograd
+  for (const double x : {a.lr, a.weight_decay, a.eps})
+    c10::checked_convert<float>(x, "float");  // RuntimeError on overflow, as PyTorch's ops
   adam_stats.kernel_ran();
   // torch asks for exactly 1, but sums the flag over devices.
   if (a.found_inf && *a.found_inf->const_data_ptr<float>() != 0) return;

@@ -23,11 +23,14 @@ struct Lists {
   std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, steps;
 };
 
+// A list that is written must not hold tensors with the negative bit: the dispatcher refuses it.
+bool is_for_list(const Tensor& t) { return is_plain(t) && t.is_cpu() && !t.is_neg(); }
+
 // A plain tensor, or null.
 const Tensor* plain(PyObject* object) {
   if (!object || !THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  return is_plain(t) && t.is_cpu() ? &t : nullptr;
+  return is_for_list(t) ? &t : nullptr;
 }
 
 // The states of parameters, which mostly come in the parameters' order: then no key is looked up.
@@ -59,7 +62,7 @@ bool collect(PyObject* params, States& states, Lists& lists) {
     if (!param) return false;
     const Tensor& grad = param->grad();
     if (!grad.defined()) continue;
-    if (!is_plain(grad) || at::isTensorSubclassLike(grad)) return false;
+    if (!is_for_list(grad) || at::isTensorSubclassLike(grad)) return false;
     PyObject* const state = states.of(object);
     if (!state || !PyDict_CheckExact(state)) return false;
     const Tensor* t[3];

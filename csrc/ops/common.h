@@ -128,8 +128,9 @@ inline float* scratch(int64_t floats) {
 // is not worth a fork.
 template <class F>
 void parallel_chunks(int64_t n, int64_t grain, const F& f) {
+  if (n == 0) return;  // where a grain that follows n is 0 too
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
-  if (threads <= 1 || at::in_parallel_region()) return n > 0 ? f(int64_t{0}, n) : void();
+  if (threads <= 1 || at::in_parallel_region()) return f(int64_t{0}, n);
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;

@@ -13,7 +13,7 @@ SOURCES := setup.py build_backend.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize bench bench-quick lint format clean
+.PHONY: help train test test-full sanitize bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
+
+test-full: export DLKERNELS_TEST_FULL = 1
+test-full: test  ## the same with every sample of PyTorch's in every way
 
 sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
 	build/kernels_test

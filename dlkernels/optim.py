@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import _C, functional
 
+__all__ = ["Adam", "AdamW"]
+
 
 class Adam(torch.optim.Adam):
     """:class:`torch.optim.Adam`. ``foreach`` and ``fused`` choose among PyTorch's own steps, where
@@ -30,8 +32,29 @@ class Adam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if not (functional._ours() and self._step()):
-            functional._torch("adam_", _unhooked(super().step))
+            functional._torch("adam_", self._torch_step)
         return loss
+
+    def _torch_step(self):
+        """PyTorch's step; not its fused one on tensors that are no runs of memory in one order: on
+        the CPU it takes them for such, and reads and writes outside of them."""
+        groups = [g for g in self.param_groups if g["fused"] and not self._are_runs(g["params"])]
+        for group in groups:
+            group["fused"] = False
+        try:
+            _unhooked(super().step)()
+        finally:
+            for group in groups:
+                group["fused"] = True
+
+    def _are_runs(self, params):
+        return all(
+            t.is_contiguous()
+            for p in params
+            if p.grad is not None and p.is_cpu and p.is_floating_point()
+            for t in (p, p.grad, *self.state.get(p, {}).values())
+            if isinstance(t, Tensor) and t.layout == torch.strided
+        )
 
     def _step(self):
         """Our op on every group; False, with nothing done, where one of them is not for it."""

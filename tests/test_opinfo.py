@@ -218,3 +218,26 @@ def test_transforms(op, transform):
                 return TRANSFORMS[transform](of, chosen)
 
             assert_same(*(outcome(call, f) for f in functions(op)))
+
+
+CALLS = {
+    "keywords": ("linear", lambda f, x: f(input=x, weight=x, bias=x[0])),
+    "out": ("linear", lambda f, x: f(x, x, out=torch.empty(4, 4))),
+    "out that is an input": ("linear", lambda f, x: f(x, x, out=x.clone().requires_grad_())),
+    "in place": ("relu", lambda f, x: f(x.clone(), inplace=True)),
+    "list and tuple": ("conv2d", lambda f, x: f(x[None], x[None, None], None, [2, 1], (1,))),
+    "torch.Size": ("max_pool2d", lambda f, x: f(x[None], torch.Size([2, 1]), [])),
+    "bool": ("max_pool2d", lambda f, x: f(x[None], True)),
+    "tensor as size": ("max_pool2d", lambda f, x: f(x[None], torch.tensor(2))),
+    "legacy reduction": ("cross_entropy", lambda f, x: f(x, x.argmax(1), None, False, -100, None)),
+    "smoothing by a bool": ("cross_entropy", lambda f, x: f(x, x.argmax(1), label_smoothing=True)),
+    "reduction None": ("cross_entropy", lambda f, x: f(x, x.argmax(1), reduction=None)),
+    "byte 156 is no -100": ("cross_entropy", lambda f, x: f(x, torch.full((4,), 156).byte())),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ways_to_call(call):
+    op, f = CALLS[call]
+    x = torch.randn(4, 4)
+    assert_same(*(outcome(f, function, x) for function in functions(op)))

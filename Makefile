@@ -16,7 +16,7 @@ SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test sanitize race fuzz cuda cuda-link .cuda-link gpu bench bench-quick \
+.PHONY: help train example test test-full sanitize race fuzz cuda cuda-link .cuda-link gpu bench bench-quick \
   lint format clean
 .NOTPARALLEL:
 
@@ -35,6 +35,9 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
+
+test-full: export DLKERNELS_TEST_FULL = 1
+test-full: test race cuda-link  ## the same with every sample in every way, data races, and a CUDA build of PyTorch
 
 sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
 	build/kernels_test

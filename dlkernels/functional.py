@@ -55,13 +55,14 @@ def _pair(x):
     return (x, x) if type(x) in _INT else (x[0], x[-1])
 
 
-def linear(input, weight, bias=None):
+def linear(input, weight, bias=None, *, out=None):
     """``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
     Args:
         input: (..., K)
         weight: (N, K)
         bias: (N) or None
+        out: a tensor for the result, which PyTorch's own op then writes
 
     Returns:
         (..., N)
@@ -70,6 +71,8 @@ def linear(input, weight, bias=None):
         RuntimeError: for shapes, dtypes or devices that do not go together.
         TypeError: where an argument is no tensor.
     """
+    if out is not None:
+        return _torch("linear", F.linear, input, weight, bias, out=out)
     if _ours(input, weight, weight if bias is None else bias):
         return _ops.linear.default(input, weight, bias)
     return _torch("linear", F.linear, input, weight, bias)

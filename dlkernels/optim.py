@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import _C, functional
 
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+
 
 class _Optimizer:
     """What stands between an optimizer of PyTorch's and our op."""
@@ -184,8 +186,8 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
 
 
 def _has_op(group, lr, *numbers):
-    """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not checked
-    yet."""
+    """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not
+    checked yet."""
     if group.get("amsgrad") or group.get("capturable"):
         return False
     if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):

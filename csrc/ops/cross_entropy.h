@@ -58,19 +58,18 @@ inline Tensor new_loss(const Args& a) {
   const c10::SymDimVector rows = row_sizes(a.input);
   if (gives_probabilities(a.input, a.target)) {
     TORCH_CHECK(a.ignore_index < 0,
-                "cross_entropy: ignore_index must be negative where target gives probabilities, "
-                "got ",
+                "cross_entropy: ignore_index is not supported for floating point target, got ",
                 a.ignore_index);
   } else {
     TORCH_CHECK_VALUE(sizes.size() == 1 || sizes[0] == target_sizes[0],
-                      "cross_entropy: target's batch size must be ", sizes[0], " (input is ", sizes,
-                      "), got ", target_sizes);
-    TORCH_CHECK(target_sizes == c10::SymIntArrayRef(rows), "cross_entropy: target must be ",
-                c10::SymIntArrayRef(rows), " (input is ", sizes, "), got ", target_sizes);
+                      "cross_entropy: Expected input batch_size (", sizes[0],
+                      ") to match target batch_size (", target_sizes[0], ")");
+    TORCH_CHECK(target_sizes == c10::SymIntArrayRef(rows), "cross_entropy: Expected target size ",
+                c10::SymIntArrayRef(rows), ", got ", target_sizes);
   }
   TORCH_CHECK(!a.weight || a.weight->sym_size(0) == classes(a.input),
-              "cross_entropy: weight must be (", classes(a.input), ") (input is ", sizes, "), got ",
-              a.weight->sym_sizes());
+              "cross_entropy: weight tensor should be defined either for all ", classes(a.input),
+              " classes or no classes but got weight tensor of shape: ", a.weight->sym_sizes());
   const bool none = a.reduction == at::Reduction::None;
   return at::empty_symint(none ? c10::SymIntArrayRef(rows) : c10::SymIntArrayRef(),
                           a.input.options());

@@ -27,13 +27,13 @@ struct Args {
   Args(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
        IntArrayRef dilation, bool ceil_mode)
       : op(op), ceil_mode(ceil_mode) {
-    set(0, "kernel_size", kernel_size, 1);
-    set(2, "stride", stride.empty() ? kernel_size : stride, 1);
-    set(4, "padding", padding, 0);
-    set(6, "dilation", dilation, 1);
+    set(0, "kernel size should be greater than zero", kernel_size, 1);
+    set(2, "stride should be greater than zero", stride.empty() ? kernel_size : stride, 1);
+    set(4, "pad must be non-negative", padding, 0);
+    set(6, "dilation should be greater than zero", dilation, 1);
     for (const int i : {0, 1})
-      TORCH_CHECK(window[4 + i] <= window[i] / 2, op, ": padding must be at most half of ",
-                  "kernel_size ", kernel_size, ", got ", padding);
+      TORCH_CHECK(window[4 + i] <= window[i] / 2, op, ": pad should be at most half of effective ",
+                  "kernel size, but got pad=", padding, " and kernel_size=", kernel_size);
   }
   Args(const char* op, IntArrayRef window, bool ceil_mode)
       : Args(op, part(window, 0), part(window, 2), part(window, 4), part(window, 6), ceil_mode) {}
@@ -45,12 +45,11 @@ struct Args {
                 window);
     return window.slice(at, 2);
   }
-  void set(int at, const char* name, IntArrayRef values, int64_t least) {
-    TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", name,
-                " must be one or two ints, got ", values);
-    for (const int64_t v : values)
-      TORCH_CHECK(v >= least && v <= INT32_MAX, op, ": ", name, " must be at least ", least,
-                  " and below 2^31, got ", values);
+  // The rule is PyTorch's text.
+  void set(int at, const char* rule, IntArrayRef values, int64_t least) {
+    TORCH_CHECK((values.size() == 1 || values.size() == 2) && values.front() >= least &&
+                    values.back() >= least && std::max(values.front(), values.back()) <= INT32_MAX,
+                op, ": ", rule, ", one or two ints below 2^31, but got ", values);
     window[at] = values.front(), window[at + 1] = values.back();
   }
 
@@ -72,8 +71,8 @@ inline SymInt output_size(const Args& args, int i, const SymInt& in) {
   TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, args.op,
               ": input must be smaller, got a side of ", in);
   TORCH_CHECK(in >= 1 && in + (2 * a.pad + up) >= span, args.op,
-              ": input and padding must hold a window, of ", span, ", got ", in, " and padding ",
-              a.pad);
+              ": Output size is too small: input and padding must hold a window, of ", span,
+              ", got ", in, " and padding ", a.pad);
   const SymInt out = (in + (2 * a.pad - span + up)) / a.stride + 1;
   // With ceil_mode the last window still starts inside the input or the padding before it.
   return args.ceil_mode && (out - 1) * a.stride >= in + a.pad ? out - 1 : out;
@@ -82,8 +81,14 @@ inline SymInt output_size(const Args& args, int i, const SymInt& in) {
 // input ([N,] C, H, W) -> ([N,] C, OH, OW), laid out like input
 inline Tensor new_output(const Args& args, const Tensor& input, at::ScalarType dtype) {
   const int64_t dim = input.dim();
-  TORCH_CHECK((dim == 3 || dim == 4) && input.sym_size(-3) != 0, args.op,
-              ": input must be ([N,] C, H, W) with C, H and W above 0, got ", input.sym_sizes());
+  TORCH_CHECK(dim == 3 || dim == 4, args.op,
+              ": non-empty 3D or 4D (batch mode) tensor expected for input, but got ",
+              input.sym_sizes());
+  for (const int i : {-3, -2, -1})
+    TORCH_CHECK(input.sym_size(i) != 0, args.op,
+                ": Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, "
+                "but got ",
+                input.sym_sizes());
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
   for (const int i : {0, 1}) sizes[dim - 2 + i] = output_size(args, i, sizes[dim - 2 + i]);
   return at::empty_symint(sizes, input.options().dtype(dtype), input.suggest_memory_format());

@@ -28,7 +28,12 @@ Tensor relu_torch(const Tensor& input) {
 
 // ---- shapes: shared by every device and by torch.compile ----------------------------------
 
-Tensor relu_meta(const Tensor& input) { return at::empty_like(input); }
+// Where no two dimensions of more than one element have changed places, PyTorch's pointwise ops
+// write default strides, whatever strides dimensions of one element have.
+Tensor relu_meta(const Tensor& input) {
+  return at::empty_like(
+      input, input.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
+}
 
 Tensor relu_backward_meta(const Tensor& grad_y, const Tensor& y) {
   check_device("relu_backward", y, grad_y);

@@ -22,12 +22,20 @@ Error with_type(DType dtype, const F& f) {
   }
 }
 
-// 16 bytes of T, moved at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
+// N elements of T, moved at once: 16 bytes, if nothing else is said.
+template <class T, int N = 16 / sizeof(T)>
+struct alignas(N * sizeof(T)) Pack {
+  static constexpr int kSize = N;
+  T values[N];
 };
+template <int N, class T>
+__device__ Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <class T, int N>
+__device__ void store_pack(const Pack<T, N>& pack, T* p) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
 
 template <class... P>
 bool aligned16(const P*... pointers) {

@@ -102,16 +102,6 @@ Shape elements(const Pool& p, int pack) {
           p.images * p.h.in * columns * packs};
 }
 
-// P elements of T, moved at once.
-template <class T, int P>
-struct alignas(P * sizeof(T)) Few {
-  T values[P];
-};
-template <int P, class T>
-__device__ Few<T, P> load(const T* p) {
-  return *reinterpret_cast<const Few<T, P>*>(p);
-}
-
 // ---- forward ----------------------------------------------------------------------------------
 
 template <int P>
@@ -121,7 +111,7 @@ struct Best {
 
   // PyTorch's rule: a later element wins if it is greater or NaN.
   template <class T>
-  __device__ void meet(const Few<T, P>& x, int k) {
+  __device__ void meet(const Pack<T, P>& x, int k) {
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       const float v = to_float(x.values[j]);
@@ -158,14 +148,14 @@ __device__ Best<P> best_of(const T* __restrict__ x, const Shape& s, const Place&
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
       const int h = h0 + kh * s.h.dilation;
-      Few<T, P> v[K];  // all on their way before the first is compared
+      Pack<T, P> v[K];  // all on their way before the first is compared
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) {
         const int w = w0 + kw * s.w.dilation;
 #pragma unroll
         for (int j = 0; j < P; ++j) v[kw].values[j] = from_float<T>(-INFINITY);
         if (h >= 0 && h < s.h.in && w >= 0 && w < s.w.in)
-          v[kw] = load<P>(x + (at + kh * row_step + kw * step));
+          v[kw] = load_pack<P>(x + (at + kh * row_step + kw * step));
       }
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) best.meet(v[kw], kh * K + kw);
@@ -175,7 +165,7 @@ __device__ Best<P> best_of(const T* __restrict__ x, const Shape& s, const Place&
     for (int kh = first_h; kh < s.h.kernel && h < s.h.in; ++kh, h += s.h.dilation) {
       int w = w0 + first_w * s.w.dilation;
       for (int kw = first_w; kw < KW && w < s.w.in; ++kw, w += s.w.dilation)
-        best.meet(load<P>(x + (at + kh * row_step + kw * step)), kh * KW + kw);
+        best.meet(load_pack<P>(x + (at + kh * row_step + kw * step)), kh * KW + kw);
     }
   }
   return best;
@@ -201,15 +191,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kItems; ++i) {
     const int64_t o = begin + i * kThreads + threadIdx.x;
     if (o >= s.count) return;
-    Few<T, P> values;
-    Few<uint8_t, P> at;
+    Pack<T, P> values;
+    Pack<uint8_t, P> at;
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       values.values[j] = from_float<T>(best[i].value[j]);
       at.values[j] = static_cast<uint8_t>(best[i].at[j]);
     }
-    *reinterpret_cast<Few<T, P>*>(y + o * P) = values;
-    if (argmax) *reinterpret_cast<Few<uint8_t, P>*>(argmax + o * P) = at;
+    store_pack(values, y + o * P);
+    if (argmax) store_pack(at, argmax + o * P);
   }
 }
 
@@ -240,17 +230,17 @@ __global__ void __launch_bounds__(kThreads)
       const int kw = s.w.element(ow, p.column);
       if (kw < 0) continue;
       const int64_t o = s.window(p, oh, ow) + int64_t{p.pack} * P;
-      const auto grad = load<P>(grad_y + o);
-      const auto at = load<P>(argmax + o);
+      const auto grad = load_pack<P>(grad_y + o);
+      const auto at = load_pack<P>(argmax + o);
 #pragma unroll
       for (int j = 0; j < P; ++j)
         if (at.values[j] == kh * s.w.kernel + kw) sums[j] += to_float(grad.values[j]);
     }
   }
-  Few<T, P> out;
+  Pack<T, P> out;
 #pragma unroll
   for (int j = 0; j < P; ++j) out.values[j] = from_float<T>(sums[j]);
-  *reinterpret_cast<Few<T, P>*>(grad_x + i * P) = out;
+  store_pack(out, grad_x + i * P);
 }
 
 // Of P elements of a plane's row: each window that covers one is read once for all of them.
@@ -277,10 +267,10 @@ __global__ void __launch_bounds__(kThreads)
         if (at == j) sums[j] += grad;
     }
   }
-  Few<T, P> out;
+  Pack<T, P> out;
 #pragma unroll
   for (int j = 0; j < P; ++j) out.values[j] = from_float<T>(sums[j]);
-  *reinterpret_cast<Few<T, P>*>(grad_x + i * P) = out;
+  store_pack(out, grad_x + i * P);
 }
 
 template <int P, class T>

@@ -53,7 +53,7 @@ Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& po
 
 // ---- cross-entropy -------------------------------------------------------------------------
 
-// Rows of C >= 1 logits, and what each should have been: a class, or a probability for every class.
+// Rows of 1 to kMostClasses logits, C of them, and what each should have been: a class, or a probability for every class.
 // Row n * inner + i has its class c at element (n * C + c) * inner + i. With
 //   p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
 //   g[n, c] = weight[c] * ((1 - smoothing) * t[n, c] + smoothing / C), t the target's one-hot row
@@ -61,6 +61,7 @@ Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& po
 // a row's loss is sum_c g[n, c] * (log s + top - x[n, c]), its gradient p[n, c] * sum_c g[n, c] -
 // g[n, c]. A mean divides by the sum of the targets' weights, or by the rows that are not ignored.
 // In a row whose target is no class, loss and gradient are NaN.
+constexpr int64_t kMostClasses = int64_t{1} << 30;
 enum class Reduction { kNone, kMean, kSum };  // as PyTorch numbers them
 struct CrossEntropy {
   const void* x;              // (N, C, inner)

@@ -42,8 +42,13 @@ struct Tensor {
   }
 
   cuda::AdamTensor listed(bool on_device) {
-    return {p.data() + skip, g.data() + skip,   m.data() + skip, v.data() + skip,
-            on_device ? step.data() : nullptr, step[0] + 1.0,   n};
+    return {p.data() + skip,
+            g.data() + skip,
+            m.data() + skip,
+            v.data() + skip,
+            on_device ? step.data() : nullptr,
+            step[0] + 1.0,
+            n};
   }
 
   int wrong(const cuda::AdamOptions& o, double lr, double steps) {

@@ -14,7 +14,7 @@ struct Options {
   bool classes, weighted, grad;
   float smoothing;
   Reduction reduction;
-  int64_t skip = 0;  // elements from where x and grad are aligned
+  int64_t skip = 0;    // elements from where x and grad are aligned
   bool apart = false;  // grad lies elsewhere between 16 bytes than x
 };
 
@@ -82,8 +82,7 @@ struct Case {
   double divisor() {
     if (o.reduction != Reduction::kMean) return 1;
     double sum = 0;
-    for (int64_t n = 0; n < N; ++n)
-      sum += !o.classes ? 1 : ignored(n) ? 0 : weight_at(target[n]);
+    for (int64_t n = 0; n < N; ++n) sum += !o.classes ? 1 : ignored(n) ? 0 : weight_at(target[n]);
     return sum;
   }
 
@@ -121,10 +120,11 @@ int run(int64_t N, int64_t C, const Options& o, int64_t inner = 1) {
   Case<T> all(N, C, o, inner);
   const int wrong = all.run() + all.wrong();
   if (wrong)
-    std::printf("%ld rows, C %ld, inner %ld, classes %d, weighted %d, smoothing %g, reduction %d, "
-                "skip %ld, apart %d: %d\n",
-                long(N), long(C), long(inner), o.classes, o.weighted, o.smoothing,
-                static_cast<int>(o.reduction), long(o.skip), o.apart, wrong);
+    std::printf(
+        "%ld rows, C %ld, inner %ld, classes %d, weighted %d, smoothing %g, reduction %d, "
+        "skip %ld, apart %d: %d\n",
+        long(N), long(C), long(inner), o.classes, o.weighted, o.smoothing,
+        static_cast<int>(o.reduction), long(o.skip), o.apart, wrong);
   return wrong;
 }
 
@@ -134,8 +134,10 @@ int options(int64_t N, int64_t C, int64_t inner = 1) {
   int wrong = 0;
   for (int i = 0; i < 16; ++i) {
     const auto reduction = static_cast<Reduction>((i + C) % 3);
-    wrong += run<T>(N, C, {bool(i & 1), bool(i & 2), bool(i & 4), i & 8 ? 0.1f : 0, reduction, i % 5,
-                           i % 8 == 7}, inner);
+    wrong += run<T>(
+        N, C,
+        {bool(i & 1), bool(i & 2), bool(i & 4), i & 8 ? 0.1f : 0, reduction, i % 5, i % 8 == 7},
+        inner);
   }
   return wrong;
 }

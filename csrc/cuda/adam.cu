@@ -93,16 +93,16 @@ Error adam(DType dtype, const AdamTensor* tensors, int64_t count, const AdamOpti
   AdamScalars* scalars = on_device ? reinterpret_cast<AdamScalars*>(workspace) : nullptr;
   if (on_device)
     if (const Error error = count_steps(tensors, count, o, scalars, stream)) return error;
-  const AdamStep step = {.sign = o.maximize ? -1.0f : 1.0f,
-                         .weight_decay =
-                             o.decoupled_weight_decay ? 0 : static_cast<float>(o.weight_decay),
-                         .one_minus_beta1 = static_cast<float>(1 - o.beta1),
-                         .beta2 = static_cast<float>(o.beta2),
-                         .one_minus_beta2 = static_cast<float>(1 - o.beta2),
-                         .eps = static_cast<float>(o.eps),
-                         .grad_scale = o.grad_scale,
-                         .found_inf = o.found_inf,
-                         .on_device = scalars};
+  const AdamStep step = {
+      .sign = o.maximize ? -1.0f : 1.0f,
+      .weight_decay = o.decoupled_weight_decay ? 0 : static_cast<float>(o.weight_decay),
+      .one_minus_beta1 = static_cast<float>(1 - o.beta1),
+      .beta2 = static_cast<float>(o.beta2),
+      .one_minus_beta2 = static_cast<float>(1 - o.beta2),
+      .eps = static_cast<float>(o.eps),
+      .grad_scale = o.grad_scale,
+      .found_inf = o.found_inf,
+      .on_device = scalars};
   const auto listed = [&](int64_t i) -> Listed<AdamStep> {
     const AdamTensor& t = tensors[i];
     return {{t.param, t.grad, t.exp_avg, t.exp_avg_sq},

@@ -114,14 +114,15 @@ struct Share {
     Packed v;
 #pragma unroll
     for (int j = 0; j < P; ++j)
-      v.values[j] = has(class_of(i) + j) ? from[first + class_of(i) + j] : from_float<T>(-INFINITY);
+      v.values[j] =
+          has(class_of(i) + j) ? from[first + (class_of(i) + j) * step] : from_float<T>(-INFINITY);
     return v;
   }
   __device__ void store(const Packed& v, T* to, int i) const {
     if (is_whole(i)) return store_pack(v, to + (first + class_of(i) * step));
 #pragma unroll
     for (int j = 0; j < P; ++j)
-      if (has(class_of(i) + j)) to[first + class_of(i) + j] = v.values[j];
+      if (has(class_of(i) + j)) to[first + (class_of(i) + j) * step] = v.values[j];
   }
   // f(i, pack i of `from`) for the thread's packs; of whole ones kUnroll are on their way before
   // the first is used.
@@ -220,7 +221,9 @@ __global__ void __launch_bounds__(kTeam == Team::kBlock ? kLongThreads : kThread
   if (ignored) s.packs = s.end = 0;  // not even read
 
   float top = -FLT_MAX, sum = 0, g_sum = 0;
-  s.template each<P == 1 ? 8 : kSpread ? 2 : 4>(a.x, [&](int i, const Pack<T, P>& v) {
+  s.template each<P == 1    ? 8
+                  : kSpread ? 2
+                            : 4>(a.x, [&](int i, const Pack<T, P>& v) {
     if (i < a.cached) s.cache(i, a.cached) = v;
     float higher = top;
 #pragma unroll
@@ -352,9 +355,10 @@ int64_t blocks_of(const Plan& plan, int64_t rows) { return ceil_div(rows, plan.r
 
 template <bool kSpread, class T>
 Error main_pass(const Rows<T>& a, const Plan& plan, Stream stream) {
-  const auto kernel = plan.team == Team::kLanes   ? cross_entropy_kernel<Team::kLanes, kSpread, T>
-                      : plan.team == Team::kBlock ? cross_entropy_kernel<Team::kBlock, kSpread, T>
-                                                  : cross_entropy_kernel<Team::kColumns, kSpread, T>;
+  const auto kernel = plan.team == Team::kLanes ? cross_entropy_kernel<Team::kLanes, kSpread, T>
+                      : plan.team == Team::kBlock
+                          ? cross_entropy_kernel<Team::kBlock, kSpread, T>
+                          : cross_entropy_kernel<Team::kColumns, kSpread, T>;
   return launch(kernel, static_cast<unsigned>(blocks_of(plan, a.rows)), plan.threads, plan.shared,
                 stream, a);
 }
@@ -401,8 +405,8 @@ Error cross_entropy_backward(DType dtype, const CrossEntropy& args, const void* 
                         : plan.team == Team::kBlock
                             ? cross_entropy_backward_kernel<Team::kBlock, T>
                             : cross_entropy_backward_kernel<Team::kColumns, T>;
-    return launch(kernel, static_cast<unsigned>(blocks_of(plan, args.rows)), plan.threads, 0, stream,
-                  rows_of<T>(args, plan), static_cast<const T*>(grad_y), step);
+    return launch(kernel, static_cast<unsigned>(blocks_of(plan, args.rows)), plan.threads, 0,
+                  stream, rows_of<T>(args, plan), static_cast<const T*>(grad_y), step);
   });
 }
 

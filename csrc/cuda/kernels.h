@@ -53,8 +53,9 @@ Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& po
 
 // ---- cross-entropy -------------------------------------------------------------------------
 
-// Rows of 1 to kMostClasses logits, C of them, and what each should have been: a class, or a probability for every class.
-// Row n * inner + i has its class c at element (n * C + c) * inner + i. With
+// Rows of 1 to kMostClasses logits, C of them, and what each should have been: a class, or a
+// probability for every class. Row n * inner + i has its class c at element (n * C + c) * inner +
+// i. With
 //   p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
 //   g[n, c] = weight[c] * ((1 - smoothing) * t[n, c] + smoothing / C), t the target's one-hot row
 //             or the probabilities; 0 for a row whose target is ignore_index

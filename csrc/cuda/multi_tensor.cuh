@@ -88,8 +88,7 @@ __global__ void __launch_bounds__(kChunkThreads)
       }
 #pragma unroll
       for (int a = 0; a < F::kArrays; ++a)
-        if (f.writes(a))
-          store_pack(packs[i][a], arrays[a] + (i * kChunkThreads + threadIdx.x) * P);
+        if (f.writes(a)) store_pack(packs[i][a], arrays[a] + (i * kChunkThreads + threadIdx.x) * P);
     }
     return;
   }

@@ -31,11 +31,12 @@ inline bool has_cuda_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
 }
 
-inline cuda::DType cuda_dtype(const Tensor& t) {
-  return t.scalar_type() == at::kFloat      ? cuda::DType::kFloat32
-         : t.scalar_type() == at::kBFloat16 ? cuda::DType::kBFloat16
-                                            : cuda::DType::kFloat16;
+inline cuda::DType cuda_dtype(at::ScalarType type) {
+  return type == at::kFloat      ? cuda::DType::kFloat32
+         : type == at::kBFloat16 ? cuda::DType::kBFloat16
+                                 : cuda::DType::kFloat16;
 }
+inline cuda::DType cuda_dtype(const Tensor& t) { return cuda_dtype(t.scalar_type()); }
 
 // The kernels are built for tensor cores that know bfloat16 and for asynchronous copies.
 inline void check_capability(const char* op, c10::Device device, const cuda::Kernels& kernels) {

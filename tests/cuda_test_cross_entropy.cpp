@@ -144,10 +144,10 @@ int options(int64_t N, int64_t C, int64_t inner = 1) {
 
 // Lanes: 1 to 32 of a warp, whole packs and parts of them.
 const CudaTest lanes_test("cross_entropy, lanes", [] {
-  int wrong = options<float>(130, 3) + options<cuda::bf16>(70, 10) + options<cuda::half>(9, 33);
-  for (const int64_t C : {1, 2, 4, 5, 16, 17, 128}) wrong += options<float>(5, C);
+  int wrong = options<float>(130, 3) + options<cuda::bf16>(9, 10) + options<cuda::half>(3, 33);
+  for (const int64_t C : {1, 5, 16, 70}) wrong += options<float>(3, C);
   const Options plain = {true, false, true, 0, Reduction::kMean};
-  wrong += run<float>(40, 10, plain) + run<float>(6, 1000, plain) + run<float>(5000, 1, plain);
+  wrong += run<float>(40, 10, plain) + run<float>(6, 1000, plain) + run<float>(4200, 1, plain);
   return wrong + run<cuda::bf16>(6, 1000, plain) + run<cuda::half>(17, 64, plain);
 });
 
@@ -165,7 +165,7 @@ const CudaTest block_test("cross_entropy, blocks", [] {
 
 // Rows side by side, as in (N, C, d1).
 const CudaTest columns_test("cross_entropy, columns", [] {
-  int wrong = options<float>(3 * 21, 3, 21) + options<cuda::bf16>(2 * 16, 40, 16);
+  int wrong = options<float>(3 * 21, 3, 21) + options<cuda::bf16>(2 * 4, 40, 4);
   wrong += options<cuda::half>(2 * 3, 20, 3);
   const Options plain = {true, false, true, 0, Reduction::kMean};
   return wrong + run<float>(2 * 150, 5, plain, 150) + run<float>(2 * 35, 700, plain, 35);
@@ -197,7 +197,7 @@ const CudaTest extremes_test("cross_entropy's extremes", [] {
         wrong += all.loss[n] != 0;
         all_grads(n, [](double g) { return g == 0; });
       }
-      for (const int64_t bad : {int64_t{-1}, C, INT64_MAX, INT64_MIN}) {
+      for (const int64_t bad : {int64_t{-1}, C, INT64_MAX}) {
         all.no_class[0] = 0, all.target[6] = bad;
         wrong += all.run() + (all.no_class[0] != 1) + !std::isnan(all.loss[6]);
         all_grads(6, [](double g) { return std::isnan(g); });

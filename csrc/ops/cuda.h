@@ -65,9 +65,10 @@ template <bool kLower>
 void autocast_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const at::ScalarType type = kLower ? at::autocast::get_autocast_dtype(at::kCUDA) : at::kFloat;
-  for (at::IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
-    if (value.isTensor())
-      value = at::autocast::cached_cast(type, value.toTensor(), c10::DeviceType::CUDA);
+  const auto count = static_cast<std::ptrdiff_t>(op.schema().arguments().size());
+  for (auto value = stack->end() - count; value != stack->end(); ++value)
+    if (value->isTensor())
+      *value = at::autocast::cached_cast(type, value->toTensor(), c10::DeviceType::CUDA);
   op.callBoxed(stack);
 }
 

@@ -159,8 +159,7 @@ const CudaTest block_test("cross_entropy, blocks", [] {
              run<cuda::bf16>(3, 2100, {true, false, true, 0.1f, r, 3}) +
              run<cuda::half>(3, 2100, {false, true, true, 0.1f, r, 0, true});
   }
-  wrong += run<float>(2, 30'001, {true, false, true, 0, Reduction::kSum});
-  return wrong + run<float>(1, 30'000, {false, false, true, 0, Reduction::kMean, 2});
+  return wrong + run<float>(1, 24'701, {true, false, true, 0.1f, Reduction::kSum, 2});
 });
 
 // Rows side by side, as in (N, C, d1).
@@ -168,14 +167,14 @@ const CudaTest columns_test("cross_entropy, columns", [] {
   int wrong = options<float>(3 * 21, 3, 21) + options<cuda::bf16>(2 * 4, 40, 4);
   wrong += options<cuda::half>(2 * 3, 20, 3);
   const Options plain = {true, false, true, 0, Reduction::kMean};
-  return wrong + run<float>(2 * 150, 5, plain, 150) + run<float>(2 * 35, 700, plain, 35);
+  return wrong + run<float>(2 * 150, 5, plain, 150) + run<float>(2 * 17, 330, plain, 17);
 });
 
 // Infinities, NaN, targets that are no class; a class of probability 0 has gradient 0 exactly.
 const CudaTest extremes_test("cross_entropy's extremes", [] {
   int wrong = 0;
   for (const int64_t inner : {1, 7})
-    for (const int64_t C : {3, 10, 70, 1100}) {
+    for (const int64_t C : {3, 70, 1100}) {
       if (inner > 1 && C > 70) continue;
       Case<float> all(7, C, {true, false, true, 0, Reduction::kNone}, inner);
       all.target.fill(0);
@@ -197,7 +196,7 @@ const CudaTest extremes_test("cross_entropy's extremes", [] {
         wrong += all.loss[n] != 0;
         all_grads(n, [](double g) { return g == 0; });
       }
-      for (const int64_t bad : {int64_t{-1}, C, INT64_MAX}) {
+      for (const int64_t bad : {int64_t{-1}, C}) {
         all.no_class[0] = 0, all.target[6] = bad;
         wrong += all.run() + (all.no_class[0] != 1) + !std::isnan(all.loss[6]);
         all_grads(6, [](double g) { return std::isnan(g); });
@@ -212,7 +211,7 @@ const CudaTest extremes_test("cross_entropy's extremes", [] {
       wrong += r == Reduction::kMean ? !std::isnan(loss) : loss != 0;
     for (int64_t i = 0; i < 9; ++i) wrong += ignored.grad[i] != 0;
     Case<float> bad(3, 5, {true, false, true, 0, r});
-    bad.target[2] = 5;
+    bad.target[2] = r == Reduction::kMean ? INT64_MAX : INT64_MIN;
     wrong += bad.run() + !std::isnan(bad.loss[0]) + (bad.no_class[0] != 1);
     for (int64_t c = 0; c < 5; ++c) wrong += std::isnan(bad.grad[c]) + (bad.grad[5 + c] != 0);
   }
@@ -247,7 +246,7 @@ const CudaTest backward_test("cross_entropy_backward", [] {
     for (const int64_t C : {3, 17, 1100})
       for (const int64_t step : {0, 1})
         for (const float first : {0.5f, 1.0f, INFINITY})
-          if (inner == 1 || C < 100)
+          if (C < 100 || (inner == 1 && first == 0.5f))
             wrong += backward<float>(C, inner, step, first, true) +
                      backward<float>(C, inner, step, first, false) +
                      backward<cuda::bf16>(C, inner, step, first, first == 1);

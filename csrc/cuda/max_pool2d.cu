@@ -82,24 +82,27 @@ struct Places {
 struct Shape {
   Axis h, w;
   int64_t C;
-  Places places;  // of what is written
-  int64_t count;  // of places
+  int64_t row_step, step;  // from one element of a window to the next
+  Places places;           // of what is written
+  int64_t count;           // of places
 
   __device__ int64_t window(const Place& p, int oh, int ow) const {
     return ((p.image * h.out + oh) * w.out + ow) * C;
   }
 };
 
+Shape shape(const Pool& p, const Places& places, int64_t count) {
+  const Axis h(p.h), w(p.w);
+  return {h, w, p.C, h.dilation * p.w.in * p.C, w.dilation * p.C, places, count};
+}
 Shape windows(const Pool& p, int pack) {
   const int64_t packs = p.C / pack;
-  return {Axis(p.h), Axis(p.w), p.C, Places(p.h.out, p.w.out, packs),
-          p.images * p.h.out * p.w.out * packs};
+  return shape(p, Places(p.h.out, p.w.out, packs), p.images * p.h.out * p.w.out * packs);
 }
 // A pack is of channels, or in planes of a row.
 Shape elements(const Pool& p, int pack) {
   const int64_t columns = p.C == 1 ? p.w.in / pack : p.w.in, packs = p.C == 1 ? 1 : p.C / pack;
-  return {Axis(p.h), Axis(p.w), p.C, Places(p.h.in, columns, packs),
-          p.images * p.h.in * columns * packs};
+  return shape(p, Places(p.h.in, columns, packs), p.images * p.h.in * columns * packs);
 }
 
 // ---- forward ----------------------------------------------------------------------------------
@@ -134,41 +137,50 @@ template <int P, int K, class T>
 __device__ Best<P> best_of(const T* __restrict__ x, const Shape& s, const Place& p) {
   const int h0 = s.h.start(p.row), w0 = s.w.start(p.column);
   const int KW = K ? K : s.w.kernel;
-  const int64_t row_step = int64_t{s.w.in} * s.C * s.h.dilation, step = s.C * s.w.dilation;
-  const int64_t at = ((p.image * s.h.in + h0) * s.w.in + w0) * s.C + int64_t{p.pack} * P;
-  const int first_h = first_inside(s.h, h0), first_w = first_inside(s.w, w0);
-  const bool empty = first_h == s.h.kernel || first_w == s.w.kernel;
+  const int64_t at = ((p.image * s.h.in + h0) * s.w.in + w0) * s.C + p.pack * P;
+  const auto outside = [](int i, const Axis& a) {
+    return static_cast<unsigned>(i) >= static_cast<unsigned>(a.in);
+  };
   Best<P> best;
 #pragma unroll
   for (int j = 0; j < P; ++j) {
     best.value[j] = -INFINITY;
-    best.at[j] = empty ? kNoElement : first_h * KW + first_w;
+    best.at[j] = kNoElement;
   }
   if constexpr (K > 0) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
-      const int h = h0 + kh * s.h.dilation;
+      const bool no_row = outside(h0 + kh * s.h.dilation, s.h);
       Pack<T, P> v[K];  // all on their way before the first is compared
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) {
-        const int w = w0 + kw * s.w.dilation;
 #pragma unroll
         for (int j = 0; j < P; ++j) v[kw].values[j] = from_float<T>(-INFINITY);
-        if (h >= 0 && h < s.h.in && w >= 0 && w < s.w.in)
-          v[kw] = load_pack<P>(x + (at + kh * row_step + kw * step));
+        if (!no_row && !outside(w0 + kw * s.w.dilation, s.w))
+          v[kw] = load_pack<P>(x + (at + (kh * s.row_step + kw * s.step)));
       }
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) best.meet(v[kw], kh * K + kw);
     }
-  } else if (!empty) {
-    int h = h0 + first_h * s.h.dilation;
-    for (int kh = first_h; kh < s.h.kernel && h < s.h.in; ++kh, h += s.h.dilation) {
-      int w = w0 + first_w * s.w.dilation;
-      for (int kw = first_w; kw < KW && w < s.w.in; ++kw, w += s.w.dilation)
-        best.meet(load_pack<P>(x + (at + kh * row_step + kw * step)), kh * KW + kw);
-    }
+  } else {
+    for (int kh = 0, h = h0; kh < s.h.kernel && h < s.h.in; ++kh, h += s.h.dilation)
+      for (int kw = 0, w = w0; kw < KW && w < s.w.in; ++kw, w += s.w.dilation)
+        if (h >= 0 && w >= 0)
+          best.meet(load_pack<P>(x + (at + (kh * s.row_step + kw * s.step))), kh * KW + kw);
   }
   return best;
+}
+
+// Where nothing has won against -inf it is the first element, if there is one.
+template <int P>
+__device__ void settle(Best<P>& best, const Shape& s, const Place& p) {
+#pragma unroll
+  for (int j = 0; j < P; ++j)
+    if (best.at[j] == kNoElement) {
+      const int kh = first_inside(s.h, s.h.start(p.row));
+      const int kw = first_inside(s.w, s.w.start(p.column));
+      if (kh < s.h.kernel && kw < s.w.kernel) best.at[j] = kh * s.w.kernel + kw;
+    }
 }
 
 // A thread does several: 2 bytes on their way from each of few threads would not fill the memory's
@@ -191,6 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kItems; ++i) {
     const int64_t o = begin + i * kThreads + threadIdx.x;
     if (o >= s.count) return;
+    settle(best[i], s, s.places.after(first, i * kThreads + threadIdx.x));
     Pack<T, P> values;
     Pack<uint8_t, P> at;
 #pragma unroll

@@ -1,8 +1,9 @@
 """The optimizers of :mod:`torch.optim` on our kernels: same arguments, state and state dicts.
 
-A step on plain float32 CPU tensors is one call of our op a parameter group. A step on anything
-else, or with ``amsgrad``, ``capturable`` or ``differentiable``, is left as a whole to PyTorch's own
-optimizer. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
+A step on plain float32 CPU tensors, or for Adam on CUDA tensors, is one call of our op a parameter
+group. A step on anything else, or with ``amsgrad`` or ``differentiable``, is left as a whole to
+PyTorch's own optimizer. So is ``capturable`` but for Adam on CUDA with a learning rate that is no
+tensor. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
 """
 
 import torch
@@ -188,7 +189,11 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
 def _has_op(group, lr, *numbers):
     """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not
     checked yet."""
-    if group.get("amsgrad") or group.get("capturable"):
+    if group.get("amsgrad"):
+        return False
+    if group.get("capturable") and (
+        isinstance(lr, Tensor) or not all(p.is_cuda for p in group["params"])
+    ):
         return False
     if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):
         return False

@@ -318,6 +318,7 @@ inline int capability(int) { return 90; }
 inline const char* error_string(Error) { return "none"; }
 inline int version() { return 0; }
 inline unsigned char* shared_memory() { return Block::get().shared(); }
+inline void raise_flag(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
 // ---- types ------------------------------------------------------------------------------------
 

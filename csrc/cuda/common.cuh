@@ -22,12 +22,20 @@ Error with_type(DType dtype, const F& f) {
   }
 }
 
-// 16 bytes of T, moved at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
+// N elements of T, moved at once: 16 bytes, if nothing else is said.
+template <class T, int N = 16 / sizeof(T)>
+struct alignas(N * sizeof(T)) Pack {
+  static constexpr int kSize = N;
+  T values[N];
 };
+template <int N, class T>
+__device__ Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <class T, int N>
+__device__ void store_pack(const Pack<T, N>& pack, T* p) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
 
 template <class... P>
 bool aligned16(const P*... pointers) {
@@ -45,6 +53,29 @@ inline unsigned striding_grid(int64_t items, int64_t per_block) {
 // This thread's place in such a grid, and the distance to its next.
 __device__ inline int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t global_threads() { return int64_t{gridDim.x} * blockDim.x; }
+
+// Division of 0 <= n < 2^31 by a divisor in [1, 2^30] that the host knows: a multiplication
+// (Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994).
+struct Divider {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>((((int64_t{1} << shift) - d) << 32) / d + 1);
+  }
+  __device__ int divide(int n) const {
+    const uint32_t high =
+        static_cast<uint32_t>(uint64_t{multiplier} * static_cast<uint32_t>(n) >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
+  }
+  // n becomes n / divisor; what remains is returned.
+  __device__ int split(int& n) const {
+    const int quotient = divide(n), rest = n - quotient * static_cast<int>(divisor);
+    n = quotient;
+    return rest;
+  }
+};
 
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }

@@ -76,6 +76,9 @@ __device__ inline unsigned char* shared_memory() {
   return dlkernels_shared;
 }
 
+// Any threads may do so at once, and memory of the host will do.
+__device__ inline void raise_flag(int* flag) { *static_cast<volatile int*>(flag) = 1; }
+
 // ---- asynchronous copies from global to shared memory (PTX ISA, cp.async) --------------------
 
 // kBytes (4, 8 or 16, to which both pointers are aligned), of which the first `valid` are read and

@@ -20,12 +20,117 @@ Error relu(DType dtype, const void* x, void* y, int64_t n, Stream stream);
 Error relu_backward(DType dtype, const void* grad_y, const void* y, void* grad_x, int64_t n,
                     Stream stream);
 
+// ---- max pooling ---------------------------------------------------------------------------
+
+// One axis: element k < kernel of window o is input position o * stride - pad + k * dilation,
+// missing where that is outside [0, in). in and out are at most kPoolSide; every window starts
+// before the input's end.
+struct PoolAxis {
+  int64_t in, out, kernel, stride, pad, dilation;
+};
+constexpr int64_t kPoolSide = int64_t{1} << 29;
+
+// x (images, H, W, C) -> y (images, OH, OW, C), H and W being h.in and w.in: channels last; planes
+// are images with one channel. C is at most kPoolSide. An argmax is a byte, kh * KW + kw, or 255
+// where a window has no element: KH * KW <= 255.
+struct Pool {
+  int64_t images, C;
+  PoolAxis h, w;
+};
+
+// y[o] = max over the elements of window o, NaN above all; argmax[o] (unless null) is the first
+// greatest one, or the last NaN.
+Error max_pool2d(DType dtype, const void* x, void* y, uint8_t* argmax, const Pool& pool,
+                 Stream stream);
+
+// grad_x[i] = sum of grad_y[o] over the windows o whose argmax is i, in the order of o. Any bytes
+// are safe: those that name no element of their window count for nothing.
+Error max_pool2d_backward(DType dtype, const void* grad_y, const uint8_t* argmax, void* grad_x,
+                          const Pool& pool, Stream stream);
+
+// indices[o] = h * W + w of the element that argmax[o] names, -1 where it names none.
+Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& pool, Stream stream);
+
+// ---- cross-entropy -------------------------------------------------------------------------
+
+// Rows of 1 to kMostClasses logits, C of them, and what each should have been: a class, or a
+// probability for every class. Row n * inner + i has its class c at element (n * C + c) * inner +
+// i. With
+//   p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
+//   g[n, c] = weight[c] * ((1 - smoothing) * t[n, c] + smoothing / C), t the target's one-hot row
+//             or the probabilities; 0 for a row whose target is ignore_index
+// a row's loss is sum_c g[n, c] * (log s + top - x[n, c]), its gradient p[n, c] * sum_c g[n, c] -
+// g[n, c]. A mean divides by the sum of the targets' weights, or by the rows that are not ignored.
+// In a row whose target is no class, loss and gradient are NaN.
+constexpr int64_t kMostClasses = int64_t{1} << 30;
+enum class Reduction { kNone, kMean, kSum };  // as PyTorch numbers them
+struct CrossEntropy {
+  const void* x;              // (N, C, inner)
+  const int64_t* target;      // (N, inner), or null
+  const void* probabilities;  // as x, where target is null
+  const void* weight;         // (C) or null
+  int64_t rows, C, inner, ignore_index;
+  float smoothing;
+  Reduction reduction;
+  void* loss;     // (N, inner), or one number
+  void* grad;     // as x, or null: of the loss, not scaled by a gradient from outside
+  int* no_class;  // set to 1 where a target is neither a class nor ignored; or null. It may be the
+                  // host's memory, as the device sees it
+};
+
+// workspace: cross_entropy_workspace(rows, C, inner) floats.
+Error cross_entropy(DType dtype, const CrossEntropy& rows, float* workspace, Stream stream);
+int64_t cross_entropy_workspace(int64_t rows, int64_t C, int64_t inner);
+
+// rows.grad[n, c] = rows.x[n, c] * grad_y[n * step], and 0 where target (may be null) is
+// ignore_index: x is the gradient made by cross_entropy. grad may be x; nothing is read or written
+// then if step is 0 and grad_y[0] is 1.
+Error cross_entropy_backward(DType dtype, const CrossEntropy& rows, const void* grad_y,
+                             int64_t step, Stream stream);
+
+// ---- optimizers ----------------------------------------------------------------------------
+
+// One tensor of n elements: arrays that lie alike, of any alignment. step is read and written where
+// it lies on the device (capturable); otherwise it is null and `steps` counts this one.
+struct AdamTensor {
+  void *param, *grad, *exp_avg, *exp_avg_sq;
+  float* step;
+  double steps;
+  int64_t n;
+};
+
+struct AdamOptions {
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize, decoupled_weight_decay;
+  const float *device_lr, *grad_scale, *found_inf;  // one number each on the device, or null
+};
+
+// A step of Adam on all tensors, of one dtype, either all with a step on the device or none:
+//   g = sign * grad / grad_scale + weight_decay * param (the latter unless decoupled)
+//   exp_avg += (1 - beta1) * (g - exp_avg); exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g^2
+//   param = (1 - lr * weight_decay if decoupled) * param
+//           - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+// grad is written if there is a grad_scale. Nothing at all is, steps included, if *found_inf is not
+// 0. device_lr replaces lr, and needs steps on the device. tensors is the host's memory and is read
+// before the return. workspace: adam_workspace(count) floats, used where steps are on the device.
+Error adam(DType dtype, const AdamTensor* tensors, int64_t count, const AdamOptions& options,
+           float* workspace, Stream stream);
+int64_t adam_workspace(int64_t count);
+
 struct Kernels {
   int version;  // of the CUDA toolkit it was built with, as 13000
   const char* (*error_string)(Error error);
   int (*capability)(int device);  // as 90; 0 where it cannot be told
   decltype(cuda::relu)* relu;
   decltype(cuda::relu_backward)* relu_backward;
+  decltype(cuda::max_pool2d)* max_pool2d;
+  decltype(cuda::max_pool2d_backward)* max_pool2d_backward;
+  decltype(cuda::max_pool2d_indices)* max_pool2d_indices;
+  decltype(cuda::cross_entropy)* cross_entropy;
+  decltype(cuda::cross_entropy_workspace)* cross_entropy_workspace;
+  decltype(cuda::cross_entropy_backward)* cross_entropy_backward;
+  decltype(cuda::adam)* adam;
+  decltype(cuda::adam_workspace)* adam_workspace;
 };
 
 }  // namespace dlkernels::cuda

@@ -9,6 +9,14 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .capability = capability,
       .relu = relu,
       .relu_backward = relu_backward,
+      .max_pool2d = max_pool2d,
+      .max_pool2d_backward = max_pool2d_backward,
+      .max_pool2d_indices = max_pool2d_indices,
+      .cross_entropy = cross_entropy,
+      .cross_entropy_workspace = cross_entropy_workspace,
+      .cross_entropy_backward = cross_entropy_backward,
+      .adam = adam,
+      .adam_workspace = adam_workspace,
   };
   return &table;
 }

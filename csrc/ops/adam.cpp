@@ -1,5 +1,7 @@
-// adam_: schema, scalars and PyTorch's path; the rest is optim.h's. The arithmetic is in
-// cpu/adam.inl.h.
+// adam_: schema, scalars, CUDA and PyTorch's path; the rest is optim.h's. The arithmetic is in
+// cpu/adam.inl.h and cuda/adam.cu.
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 
 #include "optim.h"
@@ -24,6 +26,54 @@ struct Adam {
             .shrink = static_cast<float>(decoupled_weight_decay ? 1 - lr * weight_decay : 1),
             .rsqrt_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))),
             .step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)))};
+  }
+
+  bool step_cuda(const OptimLists& a) const {
+    const at::TensorList params = a.params(), steps = a.lists[4].tensors;
+    if (params.empty()) return true;
+    const bool on_device = steps[0].is_cuda();
+    for (const Tensor& step : steps)
+      if (step.is_cuda() != on_device || step.scalar_type() != at::kFloat) return false;
+    const auto number = [&](const optional<Tensor>& t) {
+      return t ? t->to(params[0].device(), at::kFloat) : Tensor();
+    };
+    const Tensor grad_scale = number(a.grad_scale);
+    // Steps on the CPU are not counted where the device finds an infinity: this waits for it.
+    if (!on_device && a.found_inf && a.found_inf->item<double>() != 0) return true;
+    const Tensor found_inf = on_device ? number(a.found_inf) : Tensor();
+    const auto pointer = [](const Tensor& t) {
+      return t.defined() ? t.const_data_ptr<float>() : nullptr;
+    };
+    const cuda::AdamOptions options = {.lr = lr,
+                                       .beta1 = beta1,
+                                       .beta2 = beta2,
+                                       .weight_decay = weight_decay,
+                                       .eps = eps,
+                                       .maximize = maximize,
+                                       .decoupled_weight_decay = decoupled_weight_decay,
+                                       .device_lr = nullptr,
+                                       .grad_scale = pointer(grad_scale),
+                                       .found_inf = pointer(found_inf)};
+    for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+      std::vector<cuda::AdamTensor> tensors;
+      for (size_t i = 0; i < params.size(); ++i) {
+        if (params[i].scalar_type() != dtype) continue;
+        float* const step = steps[i].mutable_data_ptr<float>();
+        tensors.push_back({params[i].mutable_data_ptr(), a.grads()[i].mutable_data_ptr(),
+                           a.lists[2].tensors[i].mutable_data_ptr(),
+                           a.lists[3].tensors[i].mutable_data_ptr(), on_device ? step : nullptr,
+                           on_device ? 0.0 : * step += 1, params[i].numel()});
+      }
+      if (tensors.empty()) continue;
+      launch("adam_", params[0], [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+        const int64_t count = static_cast<int64_t>(tensors.size());
+        const Tensor workspace =
+            at::empty({kernels.adam_workspace(count)}, params[0].options().dtype(at::kFloat));
+        return kernels.adam(cuda_dtype(dtype), tensors.data(), count, options,
+                            workspace.mutable_data_ptr<float>(), stream);
+      });
+    }
+    return true;
   }
 
   // torch.optim.adam._single_tensor_adam

@@ -1,9 +1,12 @@
-// cross_entropy: schema, shapes, CPU and gradient. The arithmetic is in cpu/cross_entropy.inl.h.
+// cross_entropy: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
+// cpu/cross_entropy.inl.h and cuda/cross_entropy.cu.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <atomic>
 #include <numeric>
 
 #include "common.h"
@@ -62,20 +65,20 @@ Tensor cross_entropy_torch(const Args& a) {
 Tensor cross_entropy_meta(const Args& a) { return ours(a) ? new_loss(a) : cross_entropy_torch(a); }
 
 Two cross_entropy_forward_meta(const Args& a) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      ours(a), "cross_entropy_forward: input must be float32 with classes and target fit it, got ",
-      a.input.scalar_type(), " ", a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
-      a.target.sym_sizes());
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(a), "cross_entropy_forward: input must be ", kOurDTypes,
+                              " with classes and target fit it, got ", a.input.scalar_type(), " ",
+                              a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
+                              a.target.sym_sizes());
   return {new_loss(a), at::empty_symint(a.input.sym_sizes(), a.input.options())};
 }
 
-Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                                   int64_t) {
+void check_backward(const Tensor& grad_y, const Tensor& grad, const Tensor& target) {
   check_device("cross_entropy_backward", grad, grad_y);
   check_device("cross_entropy_backward", grad, target);
-  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(grad),
-                              "cross_entropy_backward: tensors must be dense float32, got grad_y ",
-                              grad_y.scalar_type(), " and grad ", grad.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(grad) && same_dtype(grad, grad_y),
+                              "cross_entropy_backward: tensors must be dense ", kOurDTypes,
+                              ", got grad_y ", grad_y.scalar_type(), " and grad ",
+                              grad.scalar_type());
   TORCH_CHECK(grad.dim() > 0, "cross_entropy_backward: grad must be (C) or (N, C, ...), got ()");
   const c10::SymDimVector row_dims = row_sizes(grad);
   const c10::SymIntArrayRef rows = row_dims;
@@ -86,6 +89,11 @@ Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, con
                    (target.scalar_type() == at::kLong || target.scalar_type() == at::kByte)),
               "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ", rows,
               ", got ", target.scalar_type(), " ", target.sym_sizes());
+}
+
+Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                                   int64_t) {
+  check_backward(grad_y, grad, target);
   return at::empty_symint(grad.sym_sizes(), grad.options());
 }
 
@@ -197,12 +205,120 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, cons
   return grad_x;
 }
 
+// ---- cuda ---------------------------------------------------------------------------------
+
+// A target that is no class can't be reported when it is met without waiting for the device. The
+// loss and the gradient of its row are NaN, and a flag in the host's memory, which the device
+// writes, makes one of the next calls raise PyTorch's IndexError.
+int* no_class_flag() {
+  static Tensor* const flag = new Tensor(  // never freed: the device may still write to it
+      at::zeros({1}, at::TensorOptions(at::kInt).pinned_memory(true)));
+  return flag->mutable_data_ptr<int>();
+}
+int* report_no_class() {
+  int* const flag = no_class_flag();
+  const bool raised = std::atomic_ref<int>(*flag).exchange(0) != 0;
+  TORCH_CHECK_INDEX(!raised, "Target is out of bounds, in an earlier cross_entropy on CUDA, whose ",
+                    "loss is NaN.");
+  return flag;
+}
+
+// A row's sizes, and where rows lie; the pointers and options are the caller's.
+cuda::CrossEntropy cuda_rows(const Tensor& x) {
+  const int64_t C = x.size(x.dim() == 1 ? 0 : 1);
+  return {.x = x.const_data_ptr(),
+          .target = nullptr,
+          .probabilities = nullptr,
+          .weight = nullptr,
+          .rows = x.numel() / C,
+          .C = C,
+          .inner = inner(x),
+          .ignore_index = 0,
+          .smoothing = 0,
+          .reduction = cuda::Reduction::kNone,
+          .loss = nullptr,
+          .grad = nullptr,
+          .no_class = nullptr};
+}
+
+// Fills loss, and grad where it is defined.
+void compute_cuda(const Args& a, const Tensor& loss, const Tensor& grad) {
+  int* const no_class = report_no_class();
+  cross_entropy_stats.kernel_ran();
+  const bool probabilities = gives_probabilities(a.input, a.target);
+  const Tensor x = a.input.contiguous();
+  const Tensor t = probabilities ? a.target.contiguous() : as_indices(a.target);
+  const Tensor w = a.weight ? a.weight->contiguous() : Tensor();
+  cuda::CrossEntropy rows = cuda_rows(x);
+  if (probabilities)
+    rows.probabilities = t.const_data_ptr();
+  else
+    rows.target = t.const_data_ptr<int64_t>();
+  rows.weight = a.weight ? w.const_data_ptr() : nullptr;
+  rows.ignore_index = a.ignore_index;
+  rows.smoothing = static_cast<float>(a.label_smoothing);
+  rows.reduction = static_cast<cuda::Reduction>(a.reduction);
+  rows.loss = loss.mutable_data_ptr();
+  rows.grad = grad.defined() ? grad.mutable_data_ptr() : nullptr;
+  rows.no_class = no_class;
+  launch("cross_entropy", x, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    const int64_t floats = kernels.cross_entropy_workspace(rows.rows, rows.C, rows.inner);
+    const Tensor workspace = at::empty({floats}, x.options().dtype(at::kFloat));
+    return kernels.cross_entropy(cuda_dtype(x), rows, workspace.mutable_data_ptr<float>(), stream);
+  });
+}
+
+Tensor cross_entropy_cuda(const Args& a) {
+  if (!ours(a)) return cross_entropy_torch(a);
+  const Tensor loss = new_loss(a);
+  compute_cuda(a, loss, Tensor());
+  return loss;
+}
+
+Two cross_entropy_forward_cuda(const Args& a) {
+  const Two out = cross_entropy_forward_meta(a);
+  compute_cuda(a, std::get<0>(out), std::get<1>(out));
+  return out;
+}
+
+// grad_x may be grad: where grad_y is 1, as it mostly is, the device then has nothing to do.
+void scale_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                int64_t ignore_index, const Tensor& grad_x) {
+  cross_entropy_backward_stats.kernel_ran();
+  if (grad.numel() == 0) return;
+  const Tensor from = grad.contiguous(), gy = grad_y.contiguous();
+  const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
+  cuda::CrossEntropy rows = cuda_rows(from);
+  rows.target = t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
+  rows.ignore_index = ignore_index;
+  rows.grad = grad_x.mutable_data_ptr();
+  launch("cross_entropy_backward", from, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.cross_entropy_backward(cuda_dtype(from), rows, gy.const_data_ptr(),
+                                          grad_y.dim() == 0 ? 0 : 1, stream);
+  });
+}
+
+Tensor cross_entropy_backward_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                                   int64_t ignore_index) {
+  report_no_class();
+  const Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
+  scale_cuda(grad_y, grad, target, ignore_index, grad_x);
+  return grad_x;
+}
+
 // ---- gradient -----------------------------------------------------------------------------
 
 bool is_one(const Tensor& grad_y) {
   return grad_y.dim() == 0 && grad_y.is_cpu() && grad_y.scalar_type() == at::kFloat &&
          !at::isTensorSubclassLike(grad_y) && !grad_y.is_neg() && !grad_y._is_zerotensor() &&
          *grad_y.const_data_ptr<float>() == 1;
+}
+
+// A number on the device, and a gradient there that is ours alone.
+bool is_device_scalar(const Tensor& grad_y, const Tensor& grad) {
+  return grad_y.dim() == 0 && grad_y.is_cuda() && !at::isTensorSubclassLike(grad_y) &&
+         !grad_y.is_neg() && !grad_y._is_zerotensor() && !at::isTensorSubclassLike(grad) &&
+         grad.is_contiguous();
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -239,6 +355,12 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       // The gradient itself, and not a copy: this graph is freed right after and nobody else has
       // seen it. With retain_graph it must stay as it is, whatever becomes of the one we return.
       out[0] = grad;
+    } else if (is_device_scalar(grads[0], grad) &&
+               !torch::autograd::get_current_graph_task_keep_graph()) {
+      // Whether that is 1 only the device knows.
+      check_backward(grads[0], grad, target);
+      scale_cuda(grads[0], grad, target, ignore_index, grad);
+      out[0] = grad;
     } else {
       out[0] = op.call(grads[0], grad, target, ignore_index);
     }
@@ -267,6 +389,14 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("cross_entropy", called<Tensor, cross_entropy_cpu>);
   m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_cpu>);
   m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("cross_entropy", called<Tensor, cross_entropy_cuda>);
+  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_cuda>);
+  m.impl("cross_entropy_backward", cross_entropy_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  register_autocast_cuda</*kLower=*/false>(m, "cross_entropy");
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("cross_entropy", called<Tensor, cross_entropy_meta>);

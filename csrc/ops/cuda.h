@@ -31,11 +31,12 @@ inline bool has_cuda_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
 }
 
-inline cuda::DType cuda_dtype(const Tensor& t) {
-  return t.scalar_type() == at::kFloat      ? cuda::DType::kFloat32
-         : t.scalar_type() == at::kBFloat16 ? cuda::DType::kBFloat16
-                                            : cuda::DType::kFloat16;
+inline cuda::DType cuda_dtype(at::ScalarType type) {
+  return type == at::kFloat      ? cuda::DType::kFloat32
+         : type == at::kBFloat16 ? cuda::DType::kBFloat16
+                                 : cuda::DType::kFloat16;
 }
+inline cuda::DType cuda_dtype(const Tensor& t) { return cuda_dtype(t.scalar_type()); }
 
 // The kernels are built for tensor cores that know bfloat16 and for asynchronous copies.
 inline void check_capability(const char* op, c10::Device device, const cuda::Kernels& kernels) {
@@ -64,9 +65,10 @@ template <bool kLower>
 void autocast_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const at::ScalarType type = kLower ? at::autocast::get_autocast_dtype(at::kCUDA) : at::kFloat;
-  for (at::IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
-    if (value.isTensor())
-      value = at::autocast::cached_cast(type, value.toTensor(), c10::DeviceType::CUDA);
+  const auto count = static_cast<std::ptrdiff_t>(op.schema().arguments().size());
+  for (auto value = stack->end() - count; value != stack->end(); ++value)
+    if (value->isTensor())
+      *value = at::autocast::cached_cast(type, value->toTensor(), c10::DeviceType::CUDA);
   op.callBoxed(stack);
 }
 

@@ -1,4 +1,5 @@
-// max_pool2d: schema, shapes, CPU and gradient. The arithmetic is in cpu/max_pool2d.inl.h.
+// max_pool2d: schema, shapes, CPU, CUDA and gradient. The arithmetic is in cpu/max_pool2d.inl.h
+// and cuda/max_pool2d.cu.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
@@ -73,11 +74,10 @@ Result<kIndices> max_pool2d_meta(const Args& args, const Tensor& input) {
 
 Two max_pool2d_forward_meta(const Tensor& input, IntArrayRef window, bool ceil_mode) {
   const Args args("max_pool2d_forward", window, ceil_mode);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      ours(args, input), args.op,
-      ": input must be dense float32 and windows of at most 255 elements, got ",
-      input.scalar_type(), " and windows of ", window.slice(0, 2));
-  return {new_output(args, input, at::kFloat), new_output(args, input, at::kByte)};
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(args, input), args.op, ": input must be dense ", kOurDTypes,
+                              " and windows of at most 255 elements, got ", input.scalar_type(),
+                              " and windows of ", window.slice(0, 2));
+  return {new_output(args, input, input.scalar_type()), new_output(args, input, at::kByte)};
 }
 
 Tensor max_pool2d_indices_meta(const Tensor& argmax, SymIntArrayRef input_size, IntArrayRef window,
@@ -94,8 +94,8 @@ Tensor max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& argmax,
   check_argmax(args, argmax, input_size);
   TORCH_CHECK(grad_y.sym_sizes() == argmax.sym_sizes(), args.op, ": grad_y must be ",
               argmax.sym_sizes(), " as argmax is, got ", grad_y.sym_sizes());
-  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y), args.op, ": grad_y must be dense float32, got ",
-                              grad_y.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y), args.op, ": grad_y must be dense ", kOurDTypes,
+                              ", got ", grad_y.scalar_type());
   c10::SymDimVector sizes(argmax.sym_sizes().begin(), argmax.sym_sizes().end());
   std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
   return at::empty_symint(sizes, grad_y.options(), argmax.suggest_memory_format());
@@ -201,6 +201,77 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& argmax,
   return grad_x;
 }
 
+// ---- cuda ---------------------------------------------------------------------------------
+
+// As the kernels take it. Sides that they don't are more than PyTorch's own take.
+cuda::Pool cuda_view(const Args& args, SymIntArrayRef input_size, const Tensor& y) {
+  const cpu::Pool p = view(args, input_size, y);
+  for (const int64_t side : {p.C, p.h.in, p.w.in, p.h.out, p.w.out})
+    TORCH_CHECK(side <= cuda::kPoolSide, args.op, ": sides must be at most 2^29 on CUDA, got ",
+                y.sizes(), " from ", input_size);
+  const auto axis = [](const cpu::PoolAxis& a) -> cuda::PoolAxis {
+    return {a.in, a.out, a.kernel, a.stride, a.pad, a.dilation};
+  };
+  return {y.numel() / (p.h.out * p.w.out * p.C), p.C, axis(p.h), axis(p.w)};
+}
+
+// y, and argmax unless it is undefined.
+void max_pool2d_out_cuda(const Args& args, const Tensor& input, Tensor& y, Tensor& argmax) {
+  max_pool2d_stats.kernel_ran();
+  const Tensor x = input.contiguous(y.suggest_memory_format());
+  const cuda::Pool p = cuda_view(args, plane(x), y);
+  uint8_t* arg = argmax.defined() ? argmax.mutable_data_ptr<uint8_t>() : nullptr;
+  launch(args.op, y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.max_pool2d(cuda_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), arg, p,
+                              stream);
+  });
+}
+
+Two max_pool2d_forward_cuda(const Tensor& input, IntArrayRef window, bool ceil_mode) {
+  auto [y, argmax] = max_pool2d_forward_meta(input, window, ceil_mode);
+  max_pool2d_out_cuda({"max_pool2d_forward", window, ceil_mode}, input, y, argmax);
+  return {y, argmax};
+}
+
+Tensor max_pool2d_indices_cuda(const Tensor& argmax, SymIntArrayRef input_size, IntArrayRef window,
+                               bool ceil_mode) {
+  Tensor indices = max_pool2d_indices_meta(argmax, input_size, window, ceil_mode);
+  const Tensor a = argmax.contiguous(indices.suggest_memory_format());
+  const cuda::Pool p = cuda_view({"max_pool2d_indices", window, ceil_mode}, input_size, indices);
+  launch("max_pool2d_indices", a, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.max_pool2d_indices(a.const_data_ptr<uint8_t>(),
+                                      indices.mutable_data_ptr<int64_t>(), p, stream);
+  });
+  return indices;
+}
+
+template <bool kIndices>
+Result<kIndices> max_pool2d_cuda(const Args& args, const Tensor& input) {
+  if (!ours(args, input)) return max_pool2d_torch<kIndices>(args, input);
+  Tensor y = new_output(args, input, input.scalar_type());
+  Tensor argmax = kIndices ? new_output(args, input, at::kByte) : Tensor();
+  max_pool2d_out_cuda(args, input, y, argmax);
+  if constexpr (kIndices)
+    return {y, max_pool2d_indices_cuda(argmax, plane(input), args.window, args.ceil_mode)};
+  else
+    return y;
+}
+
+Tensor max_pool2d_backward_cuda(const Tensor& grad_y, const Tensor& argmax,
+                                SymIntArrayRef input_size, IntArrayRef window, bool ceil_mode) {
+  const Tensor grad_x = max_pool2d_backward_meta(grad_y, argmax, input_size, window, ceil_mode);
+  max_pool2d_backward_stats.kernel_ran();
+  const auto layout = argmax.suggest_memory_format();
+  const Tensor g = grad_y.contiguous(layout), a = argmax.contiguous(layout);
+  const cuda::Pool p = cuda_view({"max_pool2d_backward", window, ceil_mode}, input_size, a);
+  launch("max_pool2d_backward", g, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.max_pool2d_backward(cuda_dtype(g), g.const_data_ptr(),
+                                       a.const_data_ptr<uint8_t>(), grad_x.mutable_data_ptr(), p,
+                                       stream);
+  });
+  return grad_x;
+}
+
 // ---- gradient -----------------------------------------------------------------------------
 
 struct MaxPool2dFunction : torch::autograd::Function<MaxPool2dFunction> {
@@ -273,6 +344,13 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("max_pool2d_forward", max_pool2d_forward_cpu);
   m.impl("max_pool2d_indices", max_pool2d_indices_cpu);
   m.impl("max_pool2d_backward", max_pool2d_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("max_pool2d", called<false, max_pool2d_cuda<false>>);
+  m.impl("max_pool2d_with_indices", called<true, max_pool2d_cuda<true>>);
+  m.impl("max_pool2d_forward", max_pool2d_forward_cuda);
+  m.impl("max_pool2d_indices", max_pool2d_indices_cuda);
+  m.impl("max_pool2d_backward", max_pool2d_backward_cuda);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("max_pool2d", called<false, max_pool2d_meta<false>>);

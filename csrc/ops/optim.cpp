@@ -71,6 +71,19 @@ void check_no_grad(const OptimLists& a) {
                   "torch.no_grad(), got such a one in ", list.name);
 }
 
+bool lie_as_params(const OptimLists& a) {
+  std::vector<const void*> memory;
+  for (size_t i = 0; i < a.params().size(); ++i) {
+    const Tensor& param = a.params()[i];
+    if (!param.is_non_overlapping_and_dense()) return false;
+    if (param.numel()) memory.push_back(param.const_data_ptr());
+    for (const auto& list : a.lists)
+      if (list.wanted && !list.scalars && !lie_alike(param, list.tensors[i])) return false;
+  }
+  std::sort(memory.begin(), memory.end());
+  return std::adjacent_find(memory.begin(), memory.end()) == memory.end();
+}
+
 void bump_versions(const OptimLists& a) {
   for (const auto& list : a.lists) {
     if (!list.written) continue;

@@ -47,6 +47,10 @@ void check_lists(const OptimLists& a);
 // Tensors that require grad must not be written while autograd records.
 void check_no_grad(const OptimLists& a);
 
+// Whether each parameter is one run of memory, no two of them the same, and its gradient and states
+// lie like it: then a kernel may take them as they are, at once and in any order.
+bool lie_as_params(const OptimLists& a);
+
 // A backward pass that saved any of these must notice (torch's own fused steps on the CPU forget).
 void bump_versions(const OptimLists& a);
 
@@ -103,10 +107,14 @@ struct OptimCall {
   using Call = void (*)(const std::vector<std::vector<Tensor>>& lists,
                         const std::vector<double>& scalars, const optional<Tensor>& grad_scale,
                         const optional<Tensor>& found_inf);
-  OptimCall(const char* name, Call call) : name(name), call(call), next(first) { first = this; }
+  OptimCall(const char* name, Call call, bool cuda)
+      : name(name), call(call), cuda(cuda), next(first) {
+    first = this;
+  }
 
   const char* const name;
   const Call call;
+  const bool cuda;  // there is a kernel for it
   OptimCall* const next;
   inline static OptimCall* first = nullptr;
 };
@@ -123,6 +131,8 @@ using TensorListArgument = at::TensorList;
 //   scalars(step)   what that takes, worked out in double
 //   step_torch(param, grad, states, step)  PyTorch's own, for what is not ours
 //   wants(list)     where it has options that need a list
+//   step_cuda(lists)  where it has a CUDA kernel; false, with nothing done, for what that is not
+//   for
 template <class Optimizer, class = std::make_index_sequence<Optimizer::kLists.size()>,
           class = typename Optimizer::Scalars>
 struct OptimOp;
@@ -135,6 +145,8 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
   static constexpr size_t kLists = sizeof...(L);
   static constexpr bool kCounts = Optimizer::kLists.back() == std::string_view("state_steps");
   static constexpr size_t kStates = kLists - 2 - kCounts;
+  static constexpr bool kCuda =
+      requires(const Optimizer& o, const OptimLists& a) { o.step_cuda(a); };
   inline static OpStats stats{kName};
 
   static OptimLists gather(const Optimizer& o, TensorListArgument<L>... lists,
@@ -200,6 +212,16 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
     bump_versions(a);
   }
 
+  static void cuda(const Optimizer& o, const OptimLists& a) {
+    check_lists(a);
+    if constexpr (kCuda)
+      if (a.all(is_plain) && lie_as_params(a) && o.step_cuda(a)) {
+        stats.kernel_ran();
+        return bump_versions(a);
+      }
+    left_to_torch(o, a);
+  }
+
   template <void (*run)(const Optimizer&, const OptimLists&)>
   static void op(TensorListArgument<L>... lists, S... scalars, const optional<Tensor>& grad_scale,
                  const optional<Tensor>& found_inf) {
@@ -242,13 +264,14 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
       m.impl(kName, torch::dispatch(key, f));
     };
     impl(DispatchKey::CPU, op<cpu>);
+    impl(DispatchKey::CUDA, op<cuda>);
     impl(DispatchKey::Meta, op<meta>);
     impl(DispatchKey::Autograd, autograd);
     // Not register_torch_path: a step taken inside an autocast region is still ours, nothing is
     // cast.
     impl(DispatchKey::CompositeExplicitAutograd, op<left_to_torch>);
     impl(DispatchKey::FuncTorchDynamicLayerFrontMode, op<left_to_torch>);
-    static OptimCall call(kName, from_python);
+    static OptimCall call(kName, from_python, kCuda);
   }
 };
 

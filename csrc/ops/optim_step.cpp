@@ -14,13 +14,13 @@ namespace {
 using Lists = std::vector<std::vector<Tensor>>;  // params, grads, and one for each key
 
 // A list that is written must not hold tensors with the negative bit: the dispatcher refuses it.
-bool is_for_list(const Tensor& t) { return is_plain(t) && t.is_cpu() && !t.is_neg(); }
+bool is_for_list(const Tensor& t) { return is_plain(t) && !t.is_neg(); }
 
-// A plain tensor, or null.
-const Tensor* plain(PyObject* object) {
+// A plain tensor on the CPU, or on CUDA if that will do; or null.
+const Tensor* plain(PyObject* object, bool cuda) {
   if (!object || !THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  return is_for_list(t) ? &t : nullptr;
+  return (t.is_cpu() || (cuda && t.is_cuda())) && is_for_list(t) ? &t : nullptr;
 }
 
 // Borrowed; null where there is none.
@@ -47,7 +47,7 @@ struct States {
 enum class Found { kAll, kNotOurs, kNoState };
 
 // The states' tensors by their keys.
-Found collect_state(PyObject* state, const pybind11::tuple& keys, Lists& lists) {
+Found collect_state(PyObject* state, const pybind11::tuple& keys, bool cuda, Lists& lists) {
   if (!state) return Found::kNoState;
   if (!PyDict_CheckExact(state)) return Found::kNotOurs;
   for (size_t k = 0; k < keys.size(); ++k) {
@@ -55,7 +55,7 @@ Found collect_state(PyObject* state, const pybind11::tuple& keys, Lists& lists) 
     if (key == Py_None) continue;
     PyObject* const value = get(state, key);
     if (!value || value == Py_None) return Found::kNoState;
-    const Tensor* const t = plain(value);
+    const Tensor* const t = plain(value, cuda);
     if (!t) return Found::kNotOurs;
     lists[2 + k].push_back(*t);
   }
@@ -63,20 +63,21 @@ Found collect_state(PyObject* state, const pybind11::tuple& keys, Lists& lists) 
 }
 
 // kNotOurs where a tensor is not plain, or its state stands here twice.
-Found collect(PyObject* params, const pybind11::tuple& keys, States& states, Lists& lists) {
+Found collect(PyObject* params, const pybind11::tuple& keys, bool cuda, States& states,
+              Lists& lists) {
   if (!PyList_CheckExact(params)) return Found::kNotOurs;
   const bool stateless = std::all_of(keys.begin(), keys.end(), [](auto k) { return k.is_none(); });
   Found found = Found::kAll;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     PyObject* const object = PyList_GET_ITEM(params, i);
-    const Tensor* const param = plain(object);
+    const Tensor* const param = plain(object, cuda);
     if (!param) return Found::kNotOurs;
     const Tensor& grad = param->grad();
     if (!grad.defined()) continue;
     if (!is_for_list(grad) || at::isTensorSubclassLike(grad)) return Found::kNotOurs;
     lists[0].push_back(*param), lists[1].push_back(grad);
     if (stateless) continue;
-    const Found state = collect_state(states.of(object), keys, lists);
+    const Found state = collect_state(states.of(object), keys, cuda, lists);
     if (state == Found::kNotOurs) return state;
     if (state == Found::kNoState) found = state;
   }
@@ -99,10 +100,11 @@ const OptimCall& find_call(const std::string& op) {
 pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
                             const std::vector<OptimGroup>& groups,
                             const pybind11::object& grad_scale, const pybind11::object& found_inf) {
+  const OptimCall& step = find_call(op);
   optional<Tensor> scales[2];
   for (const int i : {0, 1})
     if (const pybind11::object& object = i ? found_inf : grad_scale; !object.is_none()) {
-      const Tensor* const t = plain(object.ptr());
+      const Tensor* const t = plain(object.ptr(), step.cuda);
       if (!t) return pybind11::bool_(false);
       scales[i] = *t;
     }
@@ -110,12 +112,12 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
   States states = {state.ptr()};
   bool complete = true;
   for (const auto& [params, keys, scalars] : groups) {
-    const Found found = collect(params.ptr(), keys, states, all.emplace_back(2 + keys.size()));
+    const Found found =
+        collect(params.ptr(), keys, step.cuda, states, all.emplace_back(2 + keys.size()));
     if (found == Found::kNotOurs) return pybind11::bool_(false);
     complete &= found == Found::kAll;
   }
   if (!complete) return pybind11::none();
-  const OptimCall& step = find_call(op);
   {
     const pybind11::gil_scoped_release no_gil;
     const at::NoGradGuard no_grad;

@@ -9,6 +9,8 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .capability = capability,
       .relu = relu,
       .relu_backward = relu_backward,
+      .gemm_workspace = gemm_workspace,
+      .gemm = gemm,
   };
   return &table;
 }

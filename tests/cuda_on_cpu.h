@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -415,7 +416,10 @@ void multiply_add_on_cpu(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
       sums[i] += static_cast<double>(x) * y;
     }
   }
-  for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
+  for (int i = 0; i < 4; ++i) {  // rounded toward zero, as tensor cores do
+    c[i] = static_cast<float>(sums[i]);
+    if (std::fabs(c[i]) > std::fabs(sums[i])) c[i] = std::nextafter(c[i], 0.0f);
+  }
 }
 
 template <class T>
@@ -441,6 +445,9 @@ inline void multiply_add_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
 
 // ---- the language's own functions
 // -----------------------------------------------------------------
+
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 
 inline void __syncthreads() { dlkernels::cuda::Block::get().barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { dlkernels::cuda::Block::get().warp_barrier(); }

@@ -10,8 +10,9 @@
 
 namespace dlkernels::cuda {
 
-using Stream = void*;  // a cudaStream_t
-using Error = int;     // a cudaError_t; 0 is success
+using Stream = void*;               // a cudaStream_t
+using Error = int;                  // a cudaError_t; 0 is success
+constexpr Error kInvalidValue = 1;  // cudaErrorInvalidValue
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };  // stored so; sums are float32
 
@@ -117,6 +118,32 @@ Error adam(DType dtype, const AdamTensor* tensors, int64_t count, const AdamOpti
            float* workspace, Stream stream);
 int64_t adam_workspace(int64_t count);
 
+// Numbers at data[i * row + j * col]; one of the strides is 1, or there is only one number along
+// it.
+struct Matrix {
+  const void* data;
+  int64_t row, col;
+};
+
+// C (M, N) = A (M, K) * B (N, K)^T, then C(m, n) += bias(n), then max(C, 0) with NaN as it is
+// (relu), then 0 where mask(m, n) <= 0. C and mask have rows of N, bias is (N), row_sums (M) are
+// the sums of A(m, k) over k; bias, mask and row_sums may be null. Where A's rows are no lines of
+// memory (row = 1), as they must not be for row_sums, B's columns have to be lines, too (row = 1).
+// Fastest where data and lines are aligned to 16 bytes. float32 is as exact as float32's own
+// arithmetic (but where an operand is infinite, or beyond 0x1.ffep127, C may be NaN), or with
+// allow_tf32 a product of numbers cut to 10 bits of mantissa.
+struct Product {
+  DType dtype = {};  // of all
+  int64_t M = 0, N = 0, K = 0;
+  Matrix a = {}, b = {};
+  void* c = nullptr;
+  const void *bias = nullptr, *mask = nullptr;
+  void* row_sums = nullptr;
+  bool relu = false, allow_tf32 = false;
+};
+int64_t gemm_workspace(const Product& product);  // bytes, on the current device; aligned to 16
+Error gemm(const Product& product, void* workspace, Stream stream);
+
 struct Kernels {
   int version;  // of the CUDA toolkit it was built with, as 13000
   const char* (*error_string)(Error error);
@@ -131,6 +158,8 @@ struct Kernels {
   decltype(cuda::cross_entropy_backward)* cross_entropy_backward;
   decltype(cuda::adam)* adam;
   decltype(cuda::adam_workspace)* adam_workspace;
+  decltype(cuda::gemm_workspace)* gemm_workspace;
+  decltype(cuda::gemm)* gemm;
 };
 
 }  // namespace dlkernels::cuda

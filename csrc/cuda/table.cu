@@ -17,6 +17,8 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .cross_entropy_backward = cross_entropy_backward,
       .adam = adam,
       .adam_workspace = adam_workspace,
+      .gemm_workspace = gemm_workspace,
+      .gemm = gemm,
   };
   return &table;
 }

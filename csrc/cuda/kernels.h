@@ -20,12 +20,67 @@ Error relu(DType dtype, const void* x, void* y, int64_t n, Stream stream);
 Error relu_backward(DType dtype, const void* grad_y, const void* y, void* grad_x, int64_t n,
                     Stream stream);
 
+// ---- convolution ---------------------------------------------------------------------------
+
+// One axis: tap t of output o is input o * stride - pad + t * dilation, 0 where that is outside.
+struct ConvAxis {
+  int64_t in, out, taps, stride, pad, dilation;
+};
+
+// y[n, o, oh, ow] = bias[o] + sum over i, kh, kw of x[n, g * C / groups + i, h, w] * weight[o, i,
+// kh, kw], where g is o's group and h, w are tap kh of oh and tap kw of ow.
+enum class ConvWay { kFastest, kDirect, kGemm };
+struct Conv2d {
+  DType dtype;  // of all but argmax
+  int64_t N, C, K, groups;
+  ConvAxis h, w;
+  bool channels_last;         // x, y and their gradients: (N, H, W, C), else (N, C, H, W)
+  bool weight_channels_last;  // weight and its gradient: (K, KH, KW, C / groups), else as indexed
+  bool allow_tf32 = false;    // float32 products may round their factors to TF32
+  ConvWay way = ConvWay::kFastest;  // or the one that is tested
+};
+
+// What the kernels count in 32 bits: fewer than 2^30 elements on either axis with its padding, in a
+// plane, and in the weight; fewer than 2^21 channels. Images may have any size, and be any many.
+bool conv2d_fits(const Conv2d& conv);
+
+// relu: y = max(y, 0), a NaN stays one. With argmax, y (N, K, OH / 2, OW / 2) is the max-pool of
+// that with windows of 2x2: the first maximum or the last NaN; argmax, always (N, OH / 2, OW / 2,
+// K), says which, 2 * row + column, or 255 where it is <= 0. bias and argmax may be null; workspace
+// is aligned to 256 bytes.
+struct Conv2dForward {
+  const void *x, *weight, *bias;
+  void* y;
+  uint8_t* argmax;
+  bool relu, pool;
+};
+int64_t conv2d_workspace(const Conv2d& conv, const Conv2dForward& tensors);  // in bytes
+Error conv2d(const Conv2d& conv, const Conv2dForward& tensors, void* workspace, Stream stream);
+
+// The gradients of sum(y * grad_y). With relu_y, laid out as grad_y, grad_y counts as 0 where
+// relu_y <= 0. With argmax, grad_y is the gradient of the pooled y. Gradients that are null are
+// not computed. Sums over pixels are cut by the shape alone.
+struct Conv2dBackward {
+  const void *grad_y, *relu_y;
+  const uint8_t* argmax;
+  const void *x, *weight;
+  void *grad_x, *grad_weight, *grad_bias;
+};
+int64_t conv2d_backward_workspace(const Conv2d& conv, const Conv2dBackward& tensors);
+Error conv2d_backward(const Conv2d& conv, const Conv2dBackward& tensors, void* workspace,
+                      Stream stream);
+
 struct Kernels {
   int version;  // of the CUDA toolkit it was built with, as 13000
   const char* (*error_string)(Error error);
   int (*capability)(int device);  // as 90; 0 where it cannot be told
   decltype(cuda::relu)* relu;
   decltype(cuda::relu_backward)* relu_backward;
+  decltype(cuda::conv2d_fits)* conv2d_fits;
+  decltype(cuda::conv2d_workspace)* conv2d_workspace;
+  decltype(cuda::conv2d)* conv2d;
+  decltype(cuda::conv2d_backward_workspace)* conv2d_backward_workspace;
+  decltype(cuda::conv2d_backward)* conv2d_backward;
 };
 
 }  // namespace dlkernels::cuda

@@ -8,12 +8,12 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
-SOURCES := setup.py build_backend.py pyproject.toml \
+SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
   $(shell find csrc dlkernels benchmarks -not -name '*.so' -not -path '*__pycache__*')
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize bench bench-quick lint format clean
+.PHONY: help train test sanitize cuda bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -25,12 +25,19 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 	$(PY) examples/train_digits.py --model cnn --kernels both
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
-sanitize: build/kernels_test  ## test the kernels without torch under ASan and UBSan
+sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
 	build/kernels_test
+	build/cuda_test
+	build/cuda_race_test
+	! build/cuda_race_test race 2> build/cuda_race_test.log  # a planted race must be seen
+	grep -q 'ThreadSanitizer: data race' build/cuda_race_test.log
+
+cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no nvcc)
+	$(PYTHON) build_cuda.py build/cuda
 
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
@@ -61,6 +68,14 @@ build/kernels_test: $(wildcard tests/kernels_test*.cpp csrc/cpu/*)
 	mkdir -p build
 	$(CXX) -std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
 	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
+
+# The .cu files as plain C++, each thread of a block a fibre: see tests/cuda_on_cpu.h.
+build/cuda_test: SANITIZERS = address,undefined
+build/cuda_race_test: SANITIZERS = thread
+build/cuda_test build/cuda_race_test: $(wildcard tests/cuda_* tests/kernels_test.h csrc/cuda/*)
+	mkdir -p build
+	$(CXX) -std=c++20 -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
+	  -Wall -Wextra -Wno-unknown-pragmas -Icsrc -Itests tests/cuda_test*.cpp -o $@
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

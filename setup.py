@@ -8,12 +8,49 @@ from pathlib import Path
 
 from setuptools import setup
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import build_cuda
+
 # -g0 undoes the -g that Python was built with: a third of the compile time, most of the file.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 
 def why_no_cuda() -> str:
-    return "the CUDA kernels are not written yet"
+    """Why not to build CUDA kernels, or "": DLKERNELS_CUDA=0|1 decides, else nvcc and torch do."""
+    import torch
+
+    wanted = os.environ.get("DLKERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"DLKERNELS_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return "it was built with DLKERNELS_CUDA=0"
+    if build_cuda.nvcc() is None:
+        if wanted:
+            raise RuntimeError("DLKERNELS_CUDA=1, and there is no nvcc: set CUDA_HOME")
+        return "no nvcc was there when it was built: install the CUDA toolkit, set CUDA_HOME"
+    if wanted:
+        return ""
+    if torch.version.cuda is None:
+        return f"it was built for torch {torch.__version__}, which is no CUDA build"
+    if build_cuda.version()[0] > int(torch.version.cuda.split(".")[0]):
+        found = ".".join(map(str, build_cuda.version()))
+        return f"nvcc was {found} when it was built, newer than torch's CUDA {torch.version.cuda}"
+    return ""
+
+
+def add_cuda(objects: Path, library: Path) -> str:
+    """Build the CUDA kernels if they are wanted; returns why there are none, or ""."""
+    reason = why_no_cuda()
+    library.unlink(missing_ok=True)
+    if not reason:
+        try:
+            build_cuda.build(objects, library)
+        except RuntimeError as error:
+            if os.environ.get("DLKERNELS_CUDA"):
+                raise
+            print(f"dlkernels: the CUDA kernels could not be built:\n{error}", file=sys.stderr)
+            reason = "nvcc failed when it was built: see the build's output (pip install -v)"
+    return reason
 
 
 def ninja_on_path() -> bool:
@@ -41,16 +78,17 @@ def compiled() -> dict:
 
         def run(self):
             super().run()
+            root = Path() if self.inplace else Path(self.build_lib)
+            package = root / "dlkernels"
             record = {
                 "VERSION": self.distribution.get_version(),
                 "TORCH_VERSION": str(torch.__version__),
                 "FLAGS": " ".join(FLAGS),
-                "CUDA_REASON": why_no_cuda(),
+                "CUDA_REASON": add_cuda(Path("build/cuda"), package / "_C_cuda.so"),
             }
             lines = ["# Written by setup.py: what this build is.\n"]
             lines += [f"{name} = {value!r}\n" for name, value in record.items()]
-            root = Path() if self.inplace else Path(self.build_lib)
-            (root / "dlkernels" / "_build.py").write_text("".join(lines))
+            (package / "_build.py").write_text("".join(lines))
 
     extension = CppExtension(
         "dlkernels._C",

@@ -48,6 +48,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("adam_step", &adam_step,
         "adam_ on [(parameters, scalars)] with the state of their optimizer, grad_scale and "
         "found_inf; False, with nothing done, where not all of it is for our op.");
+  m.def("load_cuda", &load_cuda, "Load the CUDA kernels from the library at this path.");
+  m.def("set_cuda_reason", [](const std::string& reason) { cuda_reason = reason; });
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
   m.def("set_precision_ieee", [](bool ieee) { return precision_is_ieee.exchange(ieee); });
   m.def(

@@ -6,7 +6,7 @@ from importlib import metadata
 
 import torch
 
-from . import _C, _build
+from . import _C, _build, _cuda
 
 
 class Info(dict):
@@ -49,7 +49,7 @@ def info():
         isa=_C.isa(),
         threads=torch.get_num_threads(),
         build_flags=_build.FLAGS,
-        cuda=not _build.CUDA_REASON,
-        cuda_reason=_build.CUDA_REASON,
+        cuda=not _cuda.REASON,
+        cuda_reason=_cuda.REASON,
         warnings=list(_warnings()),
     )

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dlkernels import _C
 
@@ -23,6 +24,21 @@ def steps(x):
     return [(dim, x.stride(dim)) for dim in range(x.dim()) if x.size(dim) > 1]
 
 
+def convert(values, f, only_floats=True):
+    """f of every tensor in `values`, as a leaf that requires a gradient where the tensor did."""
+
+    def leaf(x):
+        if only_floats and not x.is_floating_point():
+            return x
+        return f(x.detach()).requires_grad_(x.requires_grad)
+
+    return tree_map_only(torch.Tensor, leaf, values)
+
+
+# rtol; atol is 1e-5: torch.testing.assert_close's.
+RTOL = {torch.float32: 1.3e-6, torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
+
+
 def assert_close(got, torchs, exact):
     """|got - float64| <= max(PyTorch's default tolerance, 4 x the error of PyTorch's own op)."""
     assert (got.dtype, got.shape) == (torchs.dtype, torchs.shape)
@@ -33,20 +49,15 @@ def assert_close(got, torchs, exact):
         same = (x == exact) | (x.isnan() & exact.isnan())
         return torch.where(same, 0.0, (x.double() - exact).abs())
 
-    bound = torch.maximum(1e-5 + 1.3e-6 * exact.abs(), 4 * error(torchs).max()).nan_to_num()
+    default = 1e-5 + RTOL[got.dtype] * exact.abs()
+    bound = torch.maximum(default, 4 * error(torchs).max()).nan_to_num()
     wrong = ~(error(got) <= bound)
     assert not wrong.any(), f"got {got[wrong]}, PyTorch {torchs[wrong]}, float64 {exact[wrong]}"
 
 
 def run(f, args, kwargs, dtype, grad_ys=None):
     """f's outputs, its gradients (for tensors that require one), and the grad_ys that were used."""
-
-    def leaf(x):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            return x
-        return x.detach().to(dtype).requires_grad_(x.requires_grad)
-
-    args, kwargs = [leaf(x) for x in args], {k: leaf(v) for k, v in kwargs.items()}
+    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))
     ys = f(*args, **kwargs)
     ys = ys if isinstance(ys, tuple) else (ys,)
     inputs = [
@@ -60,17 +71,28 @@ def run(f, args, kwargs, dtype, grad_ys=None):
     return ys, grads, grad_ys
 
 
-def check(ours, torchs, args, kwargs=None, forward=(), backward=(), grad_strides=True):
+def check(
+    ours,
+    torchs,
+    args,
+    kwargs=None,
+    forward=(),
+    backward=(),
+    grad_strides=True,
+    device="cpu",
+    dtype=torch.float32,
+):
     """Values, gradients, dtypes, shapes and strides of `ours` are those of `torchs`; the inputs
     stay as they are; and the named kernels of ours ran (`backward` where a gradient is wanted),
     nothing through PyTorch. grad_strides=False where PyTorch's happen to lie transposed."""
-    kwargs = kwargs or {}
+    args, kwargs = convert((args, kwargs or {}), lambda x: x.to(device), only_floats=False)
+    args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))  # float64 sees what they see
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
     before = [(x.clone(), x._version) for x in tensors]
     kernels = {*forward, *(backward if any(x.requires_grad for x in tensors) else ())}
     with calls(kernels):
-        ys, grads, grad_ys = run(ours, args, kwargs, torch.float32)
-    ys_torch, grads_torch, _ = run(torchs, args, kwargs, torch.float32, grad_ys)
+        ys, grads, grad_ys = run(ours, args, kwargs, dtype)
+    ys_torch, grads_torch, _ = run(torchs, args, kwargs, dtype, grad_ys)
     ys_exact, grads_exact, _ = run(torchs, args, kwargs, torch.float64, grad_ys)
     for results in zip(
         [*ys, *grads], [*ys_torch, *grads_torch], [*ys_exact, *grads_exact], strict=True

@@ -32,3 +32,12 @@ def ieee():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` need a GPU and our kernels for it."""
+    reason = "there is no GPU" if not torch.cuda.is_available() else dlkernels.info()["cuda_reason"]
+    if reason:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=reason))

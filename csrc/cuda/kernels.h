@@ -85,4 +85,5 @@ struct Kernels {
 
 }  // namespace dlkernels::cuda
 
-extern "C" const dlkernels::cuda::Kernels* dlkernels_cuda_kernels();
+extern "C" __attribute__((visibility("default"))) const dlkernels::cuda::Kernels*
+dlkernels_cuda_kernels();

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "cuda.h"
 
 namespace dlkernels {
 
@@ -53,14 +54,32 @@ class OpStats {
 
 // ---- which tensors are ours -----------------------------------------------------------------
 
-// Dense float32 on the CPU, or on meta, where only shapes are worked out.
+// A CUDA tensor that we have no kernels for: said once, or an error where that was asked for.
+inline void no_cuda() {
+  TORCH_CHECK_NOT_IMPLEMENTED(!fallback_is_error, "dlkernels: no CUDA kernels: ", cuda_reason);
+  TORCH_WARN_ONCE("dlkernels leaves CUDA tensors to PyTorch's own ops: ", cuda_reason);
+}
+
+// Dense float32 on the CPU; bfloat16 and float16 too on CUDA, and on meta, where only shapes are
+// worked out.
 inline bool is_plain(const Tensor& t) {
-  return t.scalar_type() == at::kFloat && t.layout() == at::kStrided && !t.is_nested() &&
-         (t.device().is_cpu() || t.device().is_meta());
+  if (t.layout() != at::kStrided || t.is_nested()) return false;
+  const c10::Device device = t.device();
+  if (device.is_cpu()) return t.scalar_type() == at::kFloat;
+  if (!has_cuda_dtype(t.scalar_type())) return false;
+  if (device.is_cuda() && !cuda_kernels.load(std::memory_order_relaxed)) return no_cuda(), false;
+  return device.is_cuda() || device.is_meta();
 }
 // A tensor with a forward-mode tangent goes to PyTorch's own op, which can push it forward.
 inline bool is_ours(const Tensor& t) { return is_plain(t) && !t._fw_grad(/*level=*/0).defined(); }
 inline bool is_ours(const optional<Tensor>& t) { return !t || is_ours(*t); }
+
+constexpr const char* kOurDTypes = "float32 (on CUDA bfloat16 or float16 too)";  // for messages
+
+// The kernels take tensors of one dtype.
+inline bool same_dtype(const Tensor& a, const optional<Tensor>& b) {
+  return !b || a.scalar_type() == b->scalar_type();
+}
 
 // PyTorch itself reads garbage when a CPU op is handed a weight on meta.
 inline void check_device(const char* op, const Tensor& input, const optional<Tensor>& other) {
@@ -193,13 +212,12 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 }
 
 // "dlkernels::<op>" runs PyTorch's own ops (`torch_path`, built from at:: functions) where ours
-// have no say: on other devices, under autocast, and under the transforms of torch.func.
+// have no say: on other devices, under autocast on the CPU, and under the transforms of torch.func.
 template <class F>
 void register_torch_path(const char* op, F* torch_path) {
   static std::vector<std::unique_ptr<torch::Library>> libraries;  // live as long as the process
-  for (const auto key :
-       {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::AutocastCPU,
-        c10::DispatchKey::AutocastCUDA, c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
+  for (const auto key : {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::AutocastCPU,
+                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
     libraries.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "dlkernels", key,
                                                          __FILE__, __LINE__));
     libraries.back()->impl(op, torch_path);

@@ -1,4 +1,5 @@
-// relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/relu.inl.h.
+// relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in cpu/relu.inl.h and
+// cuda/relu.cu.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
@@ -33,8 +34,8 @@ Tensor relu_backward_meta(const Tensor& grad_y, const Tensor& y) {
   check_device("relu_backward", y, grad_y);
   TORCH_CHECK(grad_y.sym_sizes() == y.sym_sizes(), "relu_backward: grad_y must be ", y.sym_sizes(),
               " as y is, got ", grad_y.sym_sizes());
-  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(y),
-                              "relu_backward: tensors must be dense float32, got grad_y ",
+  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(y) && same_dtype(y, grad_y),
+                              "relu_backward: tensors must be dense ", kOurDTypes, ", got grad_y ",
                               grad_y.scalar_type(), " and y ", y.scalar_type());
   return at::empty_like(y);
 }
@@ -68,6 +69,29 @@ Tensor relu_backward_cpu(const Tensor& grad_y, const Tensor& y) {
   float* to = grad_x.mutable_data_ptr<float>();
   parallel_chunks(y.numel(), kGrain, [&](int64_t begin, int64_t end) {
     cpu::kernels().relu_backward(g, mask, to, begin, end);
+  });
+  return grad_x;
+}
+
+// ---- cuda ---------------------------------------------------------------------------------
+
+Tensor relu_cuda(const Tensor& input) {
+  if (!is_ours(input)) return relu_torch(input);
+  relu_stats.kernel_ran();
+  const Tensor y = relu_meta(input), x = laid_out_as(y, input);
+  launch("relu", y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.relu(cuda_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), y.numel(), stream);
+  });
+  return y;
+}
+
+Tensor relu_backward_cuda(const Tensor& grad_y, const Tensor& y) {
+  const Tensor grad_x = relu_backward_meta(grad_y, y);
+  relu_backward_stats.kernel_ran();
+  const Tensor g = laid_out_as(grad_x, grad_y), mask = laid_out_as(grad_x, y);
+  launch("relu_backward", y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.relu_backward(cuda_dtype(g), g.const_data_ptr(), mask.const_data_ptr(),
+                                 grad_x.mutable_data_ptr(), g.numel(), stream);
   });
   return grad_x;
 }
@@ -107,6 +131,10 @@ const bool torch_paths = (register_torch_path("relu", relu_torch), true);
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("relu", relu_cpu);
   m.impl("relu_backward", relu_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("relu", relu_cuda);
+  m.impl("relu_backward", relu_backward_cuda);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("relu", relu_meta);

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -440,6 +441,9 @@ inline void multiply_add_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
 
 // ---- the language's own functions
 // -----------------------------------------------------------------
+
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 
 inline void __syncthreads() { dlkernels::cuda::Block::get().barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { dlkernels::cuda::Block::get().warp_barrier(); }

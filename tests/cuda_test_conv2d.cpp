@@ -147,8 +147,8 @@ struct Case {
     });
     CudaBuffer<T> grad_x(x.size()), grad_weight(weight.size()), grad_bias(s.K);
     const void* mask = relu ? y.data() : nullptr;
-    int wrong = run({grad_y.data(), mask, nullptr, x.data(), weight.data(), grad_x.data(), nullptr,
-                     nullptr});
+    int wrong = run(
+        {grad_y.data(), mask, nullptr, x.data(), weight.data(), grad_x.data(), nullptr, nullptr});
     wrong += run({grad_y.data(), mask, nullptr, x.data(), weight.data(), nullptr,
                   grad_weight.data(), relu ? grad_bias.data() : nullptr});
     if (!relu)
@@ -172,16 +172,19 @@ struct Shape {
 };
 
 template <class T>
-int wrong_results(const Shape& shape, bool last, bool weight_last, bool relu, bool tf32, ConvWay way) {
-  const Conv2d s = {kDType<T>, shape.N, shape.C, shape.K,     shape.groups, shape.h,
-                    shape.w,   last,    weight_last, tf32, way};
+int wrong_results(const Shape& shape, bool last, bool weight_last, bool relu, bool tf32,
+                  ConvWay way) {
+  const Conv2d s = {kDType<T>, shape.N, shape.C,     shape.K, shape.groups, shape.h,
+                    shape.w,   last,    weight_last, tf32,    way};
   Case<T> c(s);
   const int y = c.forward(relu), g = c.backward(relu), p = relu ? c.pooled(true) : 0;
   const int only_y = relu ? c.pooled(false) : 0;
   if (y + g + p + only_y)
-    std::printf("%zu bytes C=%ld K=%ld H=%ld W=%ld last=%d %d way=%d relu=%d: %d, gradients %d, "
-                "pool %d %d\n", sizeof(T), long(s.C), long(s.K), long(s.h.in), long(s.w.in), last,
-                weight_last, int(way), relu, y, g, p, only_y);
+    std::printf(
+        "%zu bytes C=%ld K=%ld H=%ld W=%ld last=%d %d way=%d relu=%d: %d, gradients %d, "
+        "pool %d %d\n",
+        sizeof(T), long(s.C), long(s.K), long(s.h.in), long(s.w.in), last, weight_last, int(way),
+        relu, y, g, p, only_y);
   return y + g + p + only_y;
 }
 
@@ -215,13 +218,18 @@ int each_shape(ConvWay way) {
 const CudaTest direct_test("conv2d, direct", [] {
   return each_type([](auto zero) { return each_shape<decltype(zero)>(ConvWay::kDirect); });
 });
+const CudaTest gemm_test("conv2d, by matrices", [] {
+  return each_type([](auto zero) { return each_shape<decltype(zero)>(ConvWay::kGemm); });
+});
 
 // Divisors at their limits.
 const CudaTest divisor_test("division by a multiplication", [] {
   int wrong = 0;
-  for (const int64_t d : {1, 2, 3, 5, 7, 64, 641, 65535, 65537, 1 << 30, (1 << 30) + 1, INT32_MAX}) {
+  for (const int64_t d :
+       {1, 2, 3, 5, 7, 64, 641, 65535, 65537, 1 << 30, (1 << 30) + 1, INT32_MAX}) {
     const cuda::Divisor by(d);
-    for (const int64_t near : {int64_t{0}, d, 2 * d, 1000 * d, INT32_MAX / d * d, int64_t{INT32_MAX}})
+    for (const int64_t near :
+         {int64_t{0}, d, 2 * d, 1000 * d, INT32_MAX / d * d, int64_t{INT32_MAX}})
       for (int64_t n = near - 2; n <= near + 2; ++n)
         if (n >= 0 && n <= INT32_MAX) wrong += by.quotient(static_cast<int>(n)) != n / d;
   }

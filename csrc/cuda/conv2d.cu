@@ -92,8 +92,8 @@ class Run {
   Error forward(const Conv2dForward& t) {
     const Pass pass(c_, /*gradient=*/false, t.pool);
     const int64_t p = t.pool ? 2 : 1;
-    const Finish finish = {view(t.y, c_.groups, K_, c_.h.out / p, c_.w.out / p, c_.channels_last),
-                           t.bias, t.argmax, t.relu};
+    const View y = view(t.y, c_.groups, K_, c_.h.out / p, c_.w.out / p, c_.channels_last);
+    const Finish finish(y, K_, t.bias, t.argmax, t.relu);
     if (!by_gemm(c_, estimate(c_, false)))
       return run([&] {
         return direct<T>(Direct(pass, input(t.x), filter(t.weight, false), finish), stream_);
@@ -101,7 +101,7 @@ class Run {
     const View x = packed_input(t.x);
     const void* const weight = packed_weight(t.weight);
     return run([&] {
-      return gemm_pass<T>({pass, x, padded_C_, weight, padded_C_, finish, c_.allow_tf32}, stream_);
+      return gemm_pass<T>({pass, x, weight, padded_C_, padded_C_, finish}, c_.allow_tf32, stream_);
     });
   }
 
@@ -132,7 +132,13 @@ class Run {
   }
   Packing packing(const View& x, int64_t N, int64_t H, int64_t W, int64_t groups, int64_t channels,
                   int64_t padded, bool kept) {
-    return {N, H, W, groups, channels, padded, x,
+    return {N,
+            H,
+            W,
+            groups,
+            channels,
+            padded,
+            x,
             kept ? workspace_.take(N * H * W * groups * padded * int64_t{sizeof(T)}) : nullptr};
   }
   View packed_input(const void* x) {
@@ -163,14 +169,13 @@ class Run {
     const int64_t p = t.argmax ? 2 : 1;
     const View from = view(t.grad_y, c_.groups, K_, c_.h.out / p, c_.w.out / p, c_.channels_last);
     const bool wanted = t.grad_x || t.grad_weight;
-    const bool as_it_is = !t.relu_y && !t.argmax &&
-                          (!gemm || is_packed(t.grad_y, K_, c_.channels_last));
+    const bool as_it_is =
+        !t.relu_y && !t.argmax && (!gemm || is_packed(t.grad_y, K_, c_.channels_last));
     if ((as_it_is || !wanted) && !t.grad_bias) return from;
     Packing packed = packing(from, c_.N, c_.h.out, c_.w.out, c_.groups, K_, padded_K_,
                              /*kept=*/wanted && !as_it_is);
     packed.relu_y = t.relu_y, packed.argmax = t.argmax;
-    if (t.grad_bias)
-      packed.sums = take_floats(packed.partials() * packed.width());
+    if (t.grad_bias) packed.sums = take_floats(packed.partials() * packed.width());
     run([&] { return pack<T>(packed, stream_); });
     if (t.grad_bias)
       run([&] {
@@ -184,16 +189,14 @@ class Run {
 
   void grad_input(const Conv2dBackward& t, const View& grad_y, bool gemm) {
     const Pass pass(c_, /*gradient=*/true, /*pools=*/false);
-    const Finish finish = {input(t.grad_x), nullptr, nullptr, false};
+    const Finish finish(input(t.grad_x), C_, nullptr, nullptr, false);
     if (!gemm) {
-      run([&] {
-        return direct<T>(Direct(pass, grad_y, filter(t.weight, true), finish), stream_);
-      });
+      run([&] { return direct<T>(Direct(pass, grad_y, filter(t.weight, true), finish), stream_); });
       return;
     }
     const void* const weight = packed_weight(t.weight);
     run([&] {
-      return gemm_pass<T>({pass, grad_y, padded_K_, weight, padded_C_, finish, c_.allow_tf32},
+      return gemm_pass<T>({pass, grad_y, weight, padded_K_, padded_C_, finish}, c_.allow_tf32,
                           stream_);
     });
   }
@@ -203,31 +206,31 @@ class Run {
     const int64_t padded = gemm ? padded_C_ : C_, weights = c_.K * taps(c_) * padded;
     const View x = gemm ? packed_input(t.x) : input(t.x);
     const int64_t rows = pass.rows();
-    const int64_t blocks = gemm ? gemm_weight_tiles(c_.groups, K_, taps(c_) * padded)
+    const int64_t blocks = gemm ? gemm_weight_blocks(c_.groups, K_, taps(c_) * padded)
                                 : ceil_div(weights, kDirectThreads / kWarp);
     const int64_t splits = weight_splits(blocks, rows);
-    const int64_t rows_a_split = round_up(ceil_div(rows, splits), kGemmSplitRows);
+    const int64_t rows_a_split = ceil_div(rows, splits);
     float* const partials = take_floats(splits * weights);
     run([&] {
       if (gemm)
-        return gemm_weight<T>({pass, x, padded_C_, grad_y, padded_K_, partials, splits,
-                               rows_a_split, c_.allow_tf32},
-                              stream_);
+        return gemm_weight<T>(
+            {pass, x, grad_y, padded_C_, padded_K_, partials, splits, rows_a_split}, c_.allow_tf32,
+            stream_);
       return direct_weight<T>(
           {pass, x, grad_y, partials, weights, static_cast<int>(splits), rows_a_split}, stream_);
     });
     run([&] {
-      return sum_partials<T>({partials, static_cast<int>(splits), c_.K, static_cast<int>(taps(c_)),
-                              static_cast<int>(C_), static_cast<int>(padded),
-                              !c_.weight_channels_last, t.grad_weight},
-                             stream_);
+      return sum_partials<T>(
+          {partials, static_cast<int>(splits), c_.K, static_cast<int>(taps(c_)),
+           static_cast<int>(C_), static_cast<int>(padded), !c_.weight_channels_last, t.grad_weight},
+          stream_);
     });
   }
 
   // Into how many parts the rows are cut: for two blocks a multiprocessor of a large GPU, each with
-  // enough rows to be worth its store.
+  // enough rows to be worth its store, and no more than 32 bits count.
   static int64_t weight_splits(int64_t blocks, int64_t rows) {
-    return max(int64_t{1}, min(ceil_div(2 * 132, blocks), rows / 512));
+    return max(rows / (1 << 29) + 1, min(ceil_div(2 * 132, blocks), rows / 512));
   }
   float* take_floats(int64_t n) {
     return static_cast<float*>(workspace_.take(n * int64_t{sizeof(float)}));

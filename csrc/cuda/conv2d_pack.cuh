@@ -42,9 +42,9 @@ struct Packing {
         by_width(W),
         by_padded(padded) {}
 
-  int64_t rows() const { return N * H * W; }
-  int64_t width() const { return int64_t{groups} * padded; }
-  int64_t row_tiles() const { return ceil_div(rows(), kPackRows); }
+  __host__ __device__ int64_t rows() const { return N * H * W; }
+  __host__ __device__ int64_t width() const { return int64_t{groups} * padded; }
+  __host__ __device__ int64_t row_tiles() const { return ceil_div(rows(), kPackRows); }
   int64_t partials() const { return min(row_tiles(), int64_t{kBiasPartials}); }
 };
 
@@ -107,7 +107,7 @@ __device__ Pack<T> packed_run(const Packing& p, int64_t n, int h, int w, int cha
 // Blocks stride over tiles of rows; blockIdx.y is the tile of channels. Where x is in planes
 // (kPlanes), lanes read along a row of pixels and write along channels, through shared memory.
 template <class T, bool kPlanes>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const Packing p) {
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ Packing p) {
   constexpr int kSize = Pack<T>::kSize, kRuns = kPackChannels / kSize;
   constexpr int kRowStep = kPackThreads / kRuns;
   T* const shared = reinterpret_cast<T*>(shared_memory());
@@ -149,9 +149,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const Packing p) {
           for (int j = 0; j < kSize; ++j)
             pack.values[j] = shared[(run * kSize + j) * kPackPitch + row];
         else
-          with_pixel(row, [&](int64_t n, int h, int w) {
-            pack = packed_run<T>(p, n, h, w, channel);
-          });
+          with_pixel(row,
+                     [&](int64_t n, int h, int w) { pack = packed_run<T>(p, n, h, w, channel); });
 #pragma unroll
         for (int j = 0; j < kSize; ++j) sums[j] += to_float(pack.values[j]);
         if (p.to)
@@ -175,7 +174,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const Packing p) {
 
 template <class T>
 Error pack(Packing p, Stream stream) {
-  p.whole = p.x.sc == 1 && p.channels == p.padded && aligned16(static_cast<const T*>(p.x.data), static_cast<const T*>(p.relu_y)) &&
+  p.whole = p.x.sc == 1 && p.channels == p.padded &&
+            aligned16(static_cast<const T*>(p.x.data), static_cast<const T*>(p.relu_y)) &&
             reinterpret_cast<uintptr_t>(p.argmax) % Pack<T>::kSize == 0;
   const int64_t blocks = p.sums ? p.partials() : striding_grid(p.row_tiles(), 1);
   const dim3 grid(static_cast<unsigned>(blocks),
@@ -200,7 +200,7 @@ struct Summing {
 constexpr int kSumRows = 8;  // threads that share a sum
 
 template <class T>
-__global__ void __launch_bounds__(kWarp* kSumRows) sum_kernel(const Summing s) {
+__global__ void __launch_bounds__(kWarp* kSumRows) sum_kernel(const __grid_constant__ Summing s) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
   const int64_t width = s.outer * s.taps * s.padded;

@@ -81,8 +81,7 @@ struct PassAxis {
   }
 
   __device__ Gather gather(int residue) const {
-    if (!gradient)
-      return {out, 0, 1, in, stride, -pad, dilation, taps, 0, 1, by_most_taps};
+    if (!gradient) return {out, 0, 1, in, stride, -pad, dilation, taps, 0, 1, by_most_taps};
     Gather g = {};
     g.count = (in - residue + stride - 1) / stride, g.first = residue, g.every = stride;
     g.in = out, g.stride = 1, g.step = -(dilation / common), g.tap_step = period;
@@ -116,13 +115,13 @@ struct Filter {
   int64_t sg, so, si, sh, sw;
 };
 
-// A pass: its rows are the outputs of all images, in order, a gather at a time. Where it pools, they
-// are four to a window, window by window, so that rows 4 q to 4 q + 3 are window q's.
+// A pass: its rows are the outputs of all images, in order, a gather at a time. Where it pools,
+// they are four to a window, window by window, so that rows 4 q to 4 q + 3 are window q's.
 struct Pass {
   int64_t N;
   int groups, summed, written;  // channels a group
   PassAxis h, w;
-  int pool;  // 2 where the outputs are max-pooled, else 1
+  int pool;   // 2 where the outputs are max-pooled, else 1
   int plane;  // rows an image and gather, / pool^2
   Divisor by_plane, by_width;
 
@@ -139,7 +138,7 @@ struct Pass {
         by_width(max(w.rows / pool, 1)) {}
 
   int gathers() const { return h.residues * w.residues; }
-  int64_t rows() const { return N * plane * pool * pool; }  // of one gather
+  __host__ __device__ int64_t rows() const { return N * plane * pool * pool; }  // of one gather
 };
 
 // Row `row` of the tile whose first row is at `begin`: image n, counted from `first_image`, and
@@ -147,11 +146,11 @@ struct Pass {
 struct Place {
   int n, a, b;
 };
-struct Tile {
+struct Rows {
   int64_t first_image, images;
   int begin;  // in windows or outputs of that image
 
-  __device__ Tile(const Pass& pass, int64_t begin_row) {
+  __device__ Rows(const Pass& pass, int64_t begin_row) {
     const int64_t begin_window = begin_row / (pass.pool * pass.pool);
     first_image = begin_window / pass.plane;
     images = pass.N - first_image;
@@ -163,6 +162,28 @@ struct Tile {
     const int a = pass.by_width.quotient(p), b = pass.by_width.remainder(p, a);
     if (pass.pool == 1) return {n, a, b};
     return {n, 2 * a + row % 4 / 2, 2 * b + row % 2};
+  }
+};
+
+// What a block does of a pass: one gather of one group, a tile of its channels and of its rows.
+// Blocks of the same rows come one after the other.
+struct Piece {
+  int group, channel_tile;
+  int64_t row_tile;
+  Gather h, w;
+
+  __device__ Piece(const Pass& pass, int channel_tiles, int64_t block) {
+    const auto next = [&](int n) {
+      if (n == 1) return 0;
+      const int64_t quotient = block / n, remainder = block - quotient * n;
+      block = quotient;
+      return static_cast<int>(remainder);
+    };
+    channel_tile = next(channel_tiles);
+    group = next(pass.groups);
+    w = pass.w.gather(next(pass.w.residues));
+    h = pass.h.gather(next(pass.h.residues));
+    row_tile = block;
   }
 };
 

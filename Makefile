@@ -1,10 +1,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+NAME ?= circles
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
-extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
@@ -13,7 +14,7 @@ SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize cuda bench bench-quick lint format clean
+.PHONY: help train example test sanitize cuda cuda-link .cuda-link gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -24,8 +25,11 @@ train: $(VENV)/.dlkernels $(VENV)/.examples  ## set everything up, then train th
 	$(PY) examples/train_digits.py --model mlp --kernels both
 	$(PY) examples/train_digits.py --model cnn --kernels both
 
+example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script of examples/: make example NAME=circles
+	$(PY) examples/$(NAME).py
+
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## set everything up, then run every test
+test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
 
@@ -38,6 +42,13 @@ sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the k
 
 cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no nvcc)
 	$(PYTHON) build_cuda.py build/cuda
+
+cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an environment of 5 GB)
+	$(MAKE) VENV=$(VENV)-cuda TORCH=torch==2.14.1 .cuda-link
+
+gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
+	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m dlkernels.gpu_check
 
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
@@ -52,12 +63,16 @@ lint: $(VENV)/.lint  ## check style and the rules of the house
 	# Kernels know no torch, intrinsics stand in simd_*.h, conditions in the x86 guard and ops/common.h.
 	! grep -rnE '#include *[<"](torch|ATen|c10)|\b(torch|ATen|at|c10)::' csrc/cpu $(wildcard csrc/cuda)
 	! grep -rnE --exclude='simd_*.h' '\b_mm[0-9]*_' csrc
-	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(ops/common\.h|cpu/(isa_[a-z0-9]+|dispatch)\.cpp):'
+	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(ops/common\.h|cuda/common\.cuh|cpu/(isa_[a-z0-9]+|dispatch)\.cpp):'
 
 format: $(VENV)/.lint  ## rewrite the sources in the house's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+.cuda-link: export DLKERNELS_CUDA = 1
+.cuda-link: $(VENV)/.dlkernels $(VENV)/.test
+	cd tests && $(PY) -m pytest test_cuda.py test_package.py
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis
@@ -86,6 +101,11 @@ $(VENV)/.torch: | $(PY)
 
 $(VENV)/.bench $(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(PY)
 	$(PIP) $(call extra,$*)
+	touch $@
+
+# Without dependencies: they are there, but for the one torch that it names, which may not be ours.
+$(VENV)/.vision: pyproject.toml $(VENV)/.test
+	$(PIP) --no-deps $(call extra,vision)
 	touch $@
 
 # Not isolated and in place, so that build/ keeps the objects of the last build.

@@ -148,20 +148,22 @@ def tensorflow(case, inputs):
     return lambda: step(grads), lambda _: [p.numpy() for p in params]
 
 
-def torch_provider(optimizer, compile=False, dtype=torch.float32):
+def torch_provider(optimizer, compile=False, dtype=torch.float32, device="cpu"):
     def build(case, inputs):
         params, grads, exp_avgs, exp_avg_sqs = (
-            [torch.from_numpy(a).to(dtype, copy=True) for a in arrays] for arrays in inputs.values()
+            [torch.from_numpy(a).to(device, dtype, copy=True) for a in arrays]
+            for arrays in inputs.values()
         )
         adam = optimizer(params, lr=LR, betas=(BETA1, BETA2), eps=EPS)
         for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs):
             p.grad = g
-            adam.state[p] = {"step": torch.tensor(0.0), "exp_avg": m, "exp_avg_sq": v}
+            t = torch.zeros((), device=device if adam.defaults["capturable"] else "cpu")
+            adam.state[p] = {"step": t, "exp_avg": m, "exp_avg_sq": v}
         step = adam.step
         if compile:
             torch.compiler.reset()
             step = torch.compile(lambda: adam.step())
-        return step, lambda _: [p.numpy() for p in params]
+        return step, lambda _: [p.cpu().numpy() for p in params]
 
     return build
 

@@ -87,11 +87,13 @@ def numpy(case, inputs):
     return lambda: case.numpy(**inputs), lambda results: results
 
 
-def torch_provider(functional, memory_format=None, compile=False, dtype=torch.float32):
+def torch_provider(
+    functional, memory_format=None, compile=False, dtype=torch.float32, device="cpu"
+):
     """PyTorch's autograd over case.torch, with `functional` as the module of the ops."""
 
     def tensor(a):
-        t = torch.from_numpy(a).clone()
+        t = torch.from_numpy(a).clone().to(device)
         if t.dim() == 4 and memory_format:
             t = t.to(memory_format=memory_format)
         return t.to(dtype) if t.is_floating_point() else t
@@ -111,7 +113,8 @@ def torch_provider(functional, memory_format=None, compile=False, dtype=torch.fl
                 return f(tensors)
 
         def arrays(results):
-            return [r.detach().numpy() for r in results]
+            wide = torch.promote_types(dtype, torch.float32)  # NumPy has no bfloat16
+            return [r.detach().to("cpu", wide).numpy() for r in results]
 
         if grad_y is None:
             return lambda: [forward()], arrays

@@ -71,9 +71,18 @@ MODELS = {
 
 
 def torch_step(
-    model, batch, convert=False, channels_last=False, fused=None, compile=False, dtype=torch.float32
+    model,
+    batch,
+    convert=False,
+    channels_last=False,
+    fused=None,
+    compile=False,
+    dtype=torch.float32,
+    device="cpu",
+    graphed=False,
 ):
-    net, (x, y) = model.torch().to(dtype), map(torch.from_numpy, model.data(batch))
+    net = model.torch().to(device, dtype)
+    x, y = (torch.from_numpy(a).to(device) for a in model.data(batch))
     x = x.to(dtype)
     if channels_last and x.dim() == 4:
         net, x = (a.to(memory_format=torch.channels_last) for a in (net, x))
@@ -87,6 +96,10 @@ def torch_step(
 
     def forward(x, y):
         return loss_fn(net(x), y)
+
+    if graphed:
+        step = dlkernels.graphed(net, loss_fn, optimizer, (x, y))
+        return lambda: step(x, y)
 
     if compile:  # but not the optimizer: its fused step is faster
         forward = torch.compile(forward)

@@ -86,7 +86,7 @@ def main_table(results):
             rows.append(
                 [
                     result["op"],
-                    " ".join([result["case"], layout(ours)]).strip(),
+                    f"{result['case']} {ours.removeprefix('dlkernels').strip()}".strip(),
                     time_text(seconds),
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
@@ -164,7 +164,7 @@ def tables(results):
         "Forward alone: the best peer's time / ours": main_table(
             [r for r in forward if not r["small"]]
         ),
-        "Whole training steps, a process each: the best peer's time / ours": step_table(steps),
+        "Whole training steps: the best peer's time / ours": step_table(steps),
         "Time and peak memory of all; tuned: after dlkernels.tune_allocator()": all_steps_table(
             steps
         ),

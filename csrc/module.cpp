@@ -1,10 +1,10 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
-// The functions below are what the library says about itself, and the optimizer's step.
+// The functions below are what the library says about itself, and the optimizers' step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "ops/adam_step.h"
 #include "ops/common.h"
+#include "ops/optim_step.h"
 
 namespace py = pybind11;
 
@@ -45,9 +45,11 @@ PYBIND11_MODULE(_C, m) {
         return finite * times * table.multiply_add_flops;
       },
       "Multiply-adds alone, on all threads: how many FLOPs were done (the roof in benchmarks).");
-  m.def("adam_step", &adam_step,
-        "adam_ on [(parameters, scalars)] with the state of their optimizer, grad_scale and "
-        "found_inf; False, with nothing done, where not all of it is for our op.");
+  m.def(
+      "optim_step", &optim_step,
+      "An optimizer's op on [(parameters, keys of their states, scalars)] with the state of their "
+      "optimizer, grad_scale and found_inf: True; or, with nothing done, False where not all of "
+      "it is for our op, None where states are missing.");
   m.def("load_cuda", &load_cuda, "Load the CUDA kernels from the library at this path.");
   m.def("set_cuda_reason", [](const std::string& reason) { cuda_reason = reason; });
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });

@@ -2,7 +2,7 @@
 
 A step on plain float32 CPU tensors is one call of our op a parameter group. A step on anything
 else, or with ``amsgrad``, ``capturable`` or ``differentiable``, is left as a whole to PyTorch's own
-optimizer. :func:`dlkernels.stats` counts both as ``adam_``.
+optimizer. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
 """
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor
 from . import _C, functional
 
 
-class Adam(torch.optim.Adam):
-    """:class:`torch.optim.Adam`. ``foreach`` and ``fused`` choose among PyTorch's own steps, where
-    the step is left to it; state dicts load from and into PyTorch's class."""
+class _Optimizer:
+    """What stands between an optimizer of PyTorch's and our op."""
+
+    _op = None  # its name
+    _lists = None  # how many of them PyTorch's _init_group fills
+
+    def _arguments(self, group):
+        """What our op takes of a group, each in the op's order: the keys of a parameter's state,
+        with None for an option that is off; numbers, lr first; and options."""
+        raise NotImplementedError
 
     @torch._disable_dynamo  # torch.compiler.disable, but imports torch._dynamo at the first step
     def step(self, closure=None):
@@ -30,45 +37,138 @@ class Adam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if not (functional._ours() and self._step()):
-            functional._torch("adam_", _unhooked(super().step))
+            functional._torch(self._op, _unhooked(super().step))
         return loss
 
     def _step(self):
         """Our op on every group; False, with nothing done, where one of them is not for it."""
-        groups = [(group["params"], _scalars(group)) for group in self.param_groups]
-        if not all(scalars for _, scalars in groups):
-            return False
+        groups = []
+        for group in self.param_groups:
+            keys, numbers, options = self._arguments(group)
+            if not _has_op(group, *numbers):
+                return False
+            groups.append((group["params"], keys, [*map(float, numbers), *map(bool, options)]))
         scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if _C.adam_step(self.state, groups, *scales):
-            return True
-        for group in self.param_groups:  # a first step: parameters without state
-            self._init_group(group, [], [], [], [], [], [])
-        return _C.adam_step(self.state, groups, *scales)
+        done = _C.optim_step(self._op, self.state, groups, *scales)
+        if done is None:  # a first step
+            groups = self._with_states(groups)
+            done = _C.optim_step(self._op, self.state, groups, *scales)
+        return done
+
+    def _with_states(self, groups):
+        """The same groups, once every parameter that has a gradient has a state."""
+        for group in self.param_groups:
+            self._init_group(group, *([] for _ in range(self._lists)))
+        return groups
+
+
+class SGD(_Optimizer, torch.optim.SGD):
+    """:class:`torch.optim.SGD`: see :class:`Adam`."""
+
+    _op = "sgd_"
+
+    def _arguments(self, group):
+        momentum = group["momentum"]
+        return (
+            ("momentum_buffer" if momentum != 0 else None,),
+            (group["lr"], momentum, group["dampening"], group["weight_decay"]),
+            (group["nesterov"], group["maximize"], False),  # not the first step
+        )
+
+    def _with_states(self, groups):
+        """Parameters without a buffer in groups of their own: a first step is not damped."""
+        split = []
+        for params, keys, scalars in groups:
+            old, new = [], []
+            for p in params:
+                if p.grad is not None:
+                    known = keys == (None,) or self.state[p].get("momentum_buffer") is not None
+                    (old if known else new).append(p)
+            split.append((old, keys, scalars))
+            # A step that is skipped is not the first.
+            found_inf = getattr(self, "found_inf", None)
+            if new and not (found_inf is not None and found_inf.item()):
+                for p in new:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                split.append((new, keys, [*scalars[:-1], True]))
+        return split
+
+
+class Adam(_Optimizer, torch.optim.Adam):
+    """:class:`torch.optim.Adam`. ``foreach`` and ``fused`` choose among PyTorch's own steps, where
+    the step is left to it; state dicts load from and into PyTorch's class."""
+
+    _op = "adam_"
+    _lists = 6
+
+    def _arguments(self, group):
+        beta1, beta2 = group["betas"]
+        return (
+            ("exp_avg", "exp_avg_sq", "step"),
+            (group["lr"], beta1, beta2, group["weight_decay"], group["eps"]),
+            (group["maximize"], group["decoupled_weight_decay"]),
+        )
 
 
 class AdamW(Adam, torch.optim.AdamW):
     """:class:`torch.optim.AdamW`: see :class:`Adam`."""
 
 
-def _scalars(group):
-    """Our op's scalars, as _C.adam_step takes them, or None for options that it does not have."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    weight_decay, eps = group["weight_decay"], group["eps"]
-    if group["amsgrad"] or group["capturable"] or group["differentiable"]:
-        return None
-    if any(isinstance(x, Tensor) for x in (beta1, beta2, weight_decay, eps)):
-        return None
-    if isinstance(lr, Tensor) and (lr.requires_grad or type(lr) is not Tensor):
-        return None
-    return (
-        float(lr),
-        float(beta1),
-        float(beta2),
-        float(weight_decay),
-        float(eps),
-        bool(group["maximize"]),
-        bool(group["decoupled_weight_decay"]),
-    )
+class Adagrad(_Optimizer, torch.optim.Adagrad):
+    """:class:`torch.optim.Adagrad`: see :class:`Adam`."""
+
+    _op = "adagrad_"
+    _lists = 4
+
+    def _arguments(self, group):
+        return (
+            ("sum", "step"),
+            (group["lr"], group["lr_decay"], group["weight_decay"], group["eps"]),
+            (group["maximize"],),
+        )
+
+
+class Adadelta(_Optimizer, torch.optim.Adadelta):
+    """:class:`torch.optim.Adadelta`: see :class:`Adam`."""
+
+    _op = "adadelta_"
+    _lists = 5
+
+    def _arguments(self, group):
+        return (
+            ("square_avg", "acc_delta", "step"),
+            (group["lr"], group["rho"], group["eps"], group["weight_decay"]),
+            (group["maximize"],),
+        )
+
+
+class RMSprop(_Optimizer, torch.optim.RMSprop):
+    """:class:`torch.optim.RMSprop`: see :class:`Adam`."""
+
+    _op = "rmsprop_"
+    _lists = 6
+
+    def _arguments(self, group):
+        centered, momentum = group["centered"], group["momentum"]
+        return (
+            (
+                "square_avg",
+                "grad_avg" if centered else None,
+                "momentum_buffer" if momentum > 0 else None,
+                "step",
+            ),
+            (group["lr"], group["alpha"], group["eps"], group["weight_decay"], momentum),
+            (centered, group["maximize"]),
+        )
+
+
+def _has_op(group, lr, *numbers):
+    """Whether our ops have what a group asks for."""
+    if any(group.get(option) for option in ("amsgrad", "capturable", "differentiable")):
+        return False
+    if any(isinstance(x, Tensor) for x in numbers):
+        return False
+    return not isinstance(lr, Tensor) or (type(lr) is Tensor and not lr.requires_grad)
 
 
 def _unhooked(step):

@@ -1,20 +1,23 @@
-"""What every example needs around its training: arguments, checkpoints, progress, results."""
+"""What every example needs around its model: arguments, data, training, checkpoints, progress."""
 
 import argparse
 import io
 import os
-import statistics
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-console = Console(highlight=False, markup=False)
+import dlkernels
+
+RANK = int(os.environ.get("RANK", 0))  # of torchrun's processes the first alone prints and writes
+console = Console(highlight=False, markup=False, quiet=RANK > 0)
 
 
 def number(kind, low, high):
@@ -37,28 +40,127 @@ def output(text):
     return path
 
 
-def parse_arguments(parser, epochs, batch_size, lr):
-    """Parse the script's own arguments and those that every example has."""
+def parse_arguments(parser, plot, epochs, batch_size=None, lr=None, checkpoint=False):
+    """Parse the script's own arguments and those of every example; set the threads.
+
+    `plot` is the default of --plot and may hold other arguments: "train_digits_{model}.png". A
+    default of None leaves an argument out.
+    """
     add = parser.add_argument
     add("--kernels", choices=("torch", "dlkernels", "both"), default="both")
     add("--epochs", type=number(int, 1, 10**6), default=epochs)
-    add("--batch-size", type=number(int, 1, 10**6), default=batch_size)
-    add("--lr", type=number(float, 1e-12, 1), default=lr, help="learning rate")
+    if batch_size:
+        add("--batch-size", type=number(int, 1, 10**6), default=batch_size)
+    if lr:
+        add("--lr", type=number(float, 1e-12, 1), default=lr, help="learning rate")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--threads", type=number(int, 1, 1024), default=torch.get_num_threads())
-    add("--plot", type=output, help="where the learning curves go, a PNG")
-    add("--checkpoint", type=output, help="written after every epoch")
-    add("--resume", action="store_true", help="go on from --checkpoint where that exists")
+    add("--plot", type=output, help=f"where the plots go, a PNG: {plot}")
+    if checkpoint:
+        add("--checkpoint", type=output, help="written after every epoch")
+        add("--resume", action="store_true", help="go on from --checkpoint where that exists")
     args = parser.parse_args()
-    if args.resume and not args.checkpoint:
+    if checkpoint and args.resume and not args.checkpoint:
         parser.error("argument --resume: needs --checkpoint")
-    if args.checkpoint and args.checkpoint.exists() and not args.resume:
+    if checkpoint and args.checkpoint and args.checkpoint.exists() and not args.resume:
         parser.error(f"argument --checkpoint: '{args.checkpoint}' exists; add --resume to go on")
+    args.plot = args.plot or Path(plot.format_map(vars(args)))
+    torch.set_num_threads(args.threads)
     return args
+
+
+def load_digits():
+    """scikit-learn's 1,797 digits as (images, labels) to train on and a quarter to test on; images
+    are float32 [N, 1, 28, 28] with values from 0 to 16."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None]
+    x, y = F.interpolate(x, size=(28, 28), mode="bilinear"), torch.tensor(digits.target)
+    # The same split for every --seed, so that accuracies of different runs compare.
+    split = train_test_split(range(len(y)), test_size=0.25, stratify=y, random_state=0)
+    return [(x[rows], y[rows]) for rows in split]
+
+
+def make_batches(x, y, batch_size, seed, epoch, augment=None):
+    """Shuffled batches of one epoch, of augment(x, random generator) if given."""
+    rng = np.random.default_rng((seed, epoch))
+    order = torch.from_numpy(rng.permutation(len(y)))
+    if augment:
+        x = augment(x, rng)
+    return [(x[rows], y[rows]) for rows in order.split(batch_size)]
+
+
+class Run:
+    """A model in training, on PyTorch's kernels or on ours.
+
+    make_optimizer(optim, parameters) takes one from `optim`: torch.optim or dlkernels.optim.
+    """
+
+    def __init__(self, kernels, model, loss_fn, make_optimizer):
+        optim = torch.optim
+        if kernels == "dlkernels":  # all that differs between the two
+            dlkernels.convert(model)
+            dlkernels.convert(loss_fn)
+            optim = dlkernels.optim
+        self.model, self.loss_fn = model, loss_fn
+        self.optimizer = make_optimizer(optim, model.parameters())
+
+    def train_epoch(self, batches, advance=lambda: None):
+        """A step on every batch: the samples' mean loss, and the seconds it took."""
+        self.model.train()
+        total, start = 0.0, time.perf_counter()
+        for x, y in batches:
+            self.optimizer.zero_grad()
+            loss = self.loss(x, y)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.item() * len(y)
+            advance()
+        seconds = time.perf_counter() - start
+        return {"loss": total / sum(len(y) for _, y in batches), "seconds": seconds}
+
+    def loss(self, x, y):
+        return self.loss_fn(self.model(x), y)
+
+    @torch.no_grad()
+    def predict(self, x):
+        self.model.eval()
+        return torch.cat([self.model(part) for part in x.split(512)])
+
+
+def make_runs(args, make):
+    """{kernels: make(kernels)} for what --kernels asks for, each after the same seed."""
+    runs = {}
+    for kernels in ("torch", "dlkernels"):
+        if args.kernels in (kernels, "both"):
+            torch.manual_seed(args.seed)
+            runs[kernels] = make(kernels)
+    return runs
+
+
+def train(runs, epochs, make_batches, evaluate=lambda run: {}, advance=lambda: None):
+    """Yields the results of every epoch of `epochs`: {kernels: {metric: value}}.
+
+    make_batches(epoch) gives what all runs see; evaluate(run) adds to the loss and the seconds.
+    """
+    for epoch in epochs:
+        batches, results = make_batches(epoch), {}
+        for kernels, run in runs.items():  # in turns: a busy machine slows both alike
+            torch.manual_seed(epoch)  # the same dropout in both
+            results[kernels] = run.train_epoch(batches, advance) | evaluate(run)
+        yield results
+
+
+def accuracy(predicted, y):
+    return (predicted == y).float().mean().item()
 
 
 def write_whole(path, data):
     """All of the file or the old one: os.replace is atomic within a folder."""
+    if RANK > 0:
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -110,57 +212,11 @@ class Checkpoint:
 
 
 @contextmanager
-def progress(total, done):
+def progress(total, done=0):
     """A bar where a terminal watches; yields the function that moves it on by one."""
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=total, completed=done)
         yield lambda: bar.advance(task)
-
-
-def report(path, title, history, metrics):
-    """Print a table of the runs and draw their learning curves to `path`.
-
-    `history` has an item an epoch, {run: {metric: value, "seconds": value}}; `metrics` is
-    {metric: (name, format in the table, scale in the plot)}.
-    """
-    if not history:  # stopped in the first epoch
-        return
-    curves = {
-        run: {key: [epoch[run][key] for epoch in history] for key in (*metrics, "seconds")}
-        for run in history[0]
-    }
-    seconds = {run: statistics.median(curve["seconds"]) for run, curve in curves.items()}
-    title += f", {len(history)} epochs, {torch.get_num_threads()} threads"
-    first, *others = curves
-
-    table = Table("kernels", title=title)
-    for name in (*(name for name, _, _ in metrics.values()), "seconds an epoch", "speed-up"):
-        table.add_column(name, justify="right")
-    for run, curve in curves.items():
-        last = [form.format(curve[key][-1]) for key, (_, form, _) in metrics.items()]
-        speed_up = f"{seconds[first] / seconds[run]:.2f}x" if run in others else ""
-        table.add_row(run, *last, f"{seconds[run]:.4f}", speed_up)
-    console.print(table)
-    for run in others:
-        apart = max(abs(a - b) for a, b in zip(curves[first]["loss"], curves[run]["loss"]))
-        console.print(f"largest difference between the two loss curves: {apart:.1e}")
-
-    figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, (key, (name, _, scale)) in zip(panels, metrics.items()):
-        # The curves should coincide: a thin dashed line over a wide pale one shows both.
-        for run, look in zip(curves, ({"lw": 5, "alpha": 0.5}, {"ls": "--"})):
-            label, values = f"{run}, {seconds[run]:.3g} s an epoch", curves[run][key]
-            axes.plot(range(1, len(values) + 1), values, label=label, marker=".", **look)
-        axes.set(xlabel="epoch", ylabel=name, yscale=scale)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_whole(path, buffer.getbuffer())
-    console.print(f"learning curves: {path}", soft_wrap=True)
 
 
 def run(main):

@@ -1,5 +1,9 @@
 """Every test that takes `machine` runs on each instruction set, with one thread and with two."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +36,36 @@ def ieee():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call_example(tmp_path, monkeypatch, capsys):
+    """Runs a script of examples/ in this process, in an empty folder: its output, its complaint."""
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(examples)
+    threads = torch.get_num_threads()
+
+    def call(name, *args, code=0):
+        path = examples / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        spec = importlib.util.spec_from_file_location(name, path)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        try:
+            script.harness.run(script.main)
+            complaint = ""
+        except SystemExit as stop:
+            # Python prints a text and exits with 1.
+            complaint = stop.code if isinstance(stop.code, str) else ""
+            assert code == (1 if complaint else stop.code)
+        else:
+            assert code == 0
+        out, err = capsys.readouterr()
+        return out, complaint or err
+
+    yield call
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items):

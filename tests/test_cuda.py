@@ -160,6 +160,21 @@ def test_same_bits_twice(op):
 
 @pytest.mark.cuda
 @op
+@dtype
+def test_sanitized(op, dtype):
+    """What gpu_check runs under compute-sanitizer: some samples, whose values others compare."""
+    f, _, samples, _ = OPS[op]
+    for args, kwargs in samples[::7]:
+        args, kwargs = convert((args, kwargs), lambda x: x.cuda(), only_floats=False)
+        args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))
+        y = f(*args, **kwargs)
+        if y.requires_grad:
+            y.sum().backward()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.cuda
+@op
 def test_another_stream(op):
     """The current stream is used: what waits on another one is not overtaken."""
     f, g, samples, _ = OPS[op]

@@ -121,20 +121,42 @@ struct Pool {
   PoolAxis h, w;
 };
 
-// ---- Adam ----------------------------------------------------------------------------------
+// ---- optimizers ----------------------------------------------------------------------------
 
-// One tensor's step: four arrays that lie alike, and the scalars of the formula in adam.inl.h.
-struct AdamTensor {
-  float *param, *exp_avg, *exp_avg_sq;
+// One tensor's step: arrays that lie alike, and g, which every formula starts from:
+// g = sign * grad[i] / grad_scale + weight_decay * param[i]
+struct OptimTensor {
+  float* param;
   const float* grad;
-  float* unscaled;  // where grad / grad_scale goes (grad itself, or a copy), or null: do not divide
-  float grad_scale;
-  float sign;          // -1 to maximize
-  float weight_decay;  // added to the gradient
-  float shrink;        // 1 - lr * weight_decay where that is decoupled
+  float* unscaled;  // where grad / grad_scale goes (grad itself, or a copy); null: do not divide
+  float* state[3];  // in the order of the formula; null where an option is off
+  float grad_scale, sign, weight_decay;  // sign: -1 to maximize
+};
+
+// The scalars of the formula in sgd.inl.h, adam.inl.h, ...
+struct SgdScalars {
+  float lr, momentum, one_minus_dampening;
+  bool nesterov, is_first_step;
+};
+struct AdamScalars {
   float one_minus_beta1, beta2, one_minus_beta2, eps;
+  float shrink;                 // 1 - lr * weight_decay where that is decoupled
   float rsqrt_bias, step_size;  // 1 / sqrt(1 - beta2^step), lr / (1 - beta1^step)
 };
+struct AdagradScalars {
+  float step_size, eps;  // lr / (1 + (step - 1) * lr_decay)
+};
+struct AdadeltaScalars {
+  float lr, rho, one_minus_rho, eps;
+};
+struct RmspropScalars {
+  float lr, alpha, one_minus_alpha, eps, momentum;
+};
+
+// One step on elements [begin, end) of a tensor.
+template <class Scalars>
+using OptimKernel = void(const OptimTensor& tensor, const Scalars& scalars, int64_t begin,
+                         int64_t end);
 
 // ---- cross-entropy -------------------------------------------------------------------------
 
@@ -202,8 +224,11 @@ struct Kernels {
   void (*max_pool2d_indices)(const uint8_t* argmax, int64_t* indices, const Pool& pool,
                              int64_t begin, int64_t end);
 
-  // One step of Adam on elements [begin, end) of a tensor.
-  void (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
+  OptimKernel<SgdScalars>* sgd;            // momentum_buffer, or no state
+  OptimKernel<AdamScalars>* adam;          // exp_avg, exp_avg_sq
+  OptimKernel<AdagradScalars>* adagrad;    // sum
+  OptimKernel<AdadeltaScalars>* adadelta;  // square_avg, acc_delta
+  OptimKernel<RmspropScalars>* rmsprop;    // square_avg, grad_avg or null, momentum_buffer or null
 
   // losses[n] = -sum_c g[n, c] * log p[n, c], grad[n, c] = grad_scale * d losses[n] / d x[n, c];
   // p and g in cross_entropy.inl.h. Returns the sum of the losses of rows [begin, end), in order:

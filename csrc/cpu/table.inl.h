@@ -12,7 +12,10 @@ namespace {
 #include "block.inl.h"
 
 #include "gemm.inl.h"
+#include "optim.inl.h"
 
+#include "adadelta.inl.h"
+#include "adagrad.inl.h"
 #include "adam.inl.h"
 #include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
@@ -20,6 +23,8 @@ namespace {
 #include "max_pool2d.inl.h"
 #include "probe.inl.h"
 #include "relu.inl.h"
+#include "rmsprop.inl.h"
+#include "sgd.inl.h"
 #include "winograd.inl.h"
 }  // namespace
 
@@ -41,7 +46,11 @@ constinit const Kernels ISA = {
     .max_pool2d = max_pool2d,
     .max_pool2d_backward = max_pool2d_backward,
     .max_pool2d_indices = max_pool2d_indices,
+    .sgd = sgd,
     .adam = adam,
+    .adagrad = adagrad,
+    .adadelta = adadelta,
+    .rmsprop = rmsprop,
     .cross_entropy = cross_entropy,
     .cross_entropy_backward = cross_entropy_backward,
     .multiply_add_flops = 2 * kProbeChains * Vec::kWidth,

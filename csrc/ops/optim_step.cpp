@@ -1,0 +1,125 @@
+// A step of an optimizer: collects the tensors of every parameter group and calls the op for each.
+// In C++, because for hundreds of small parameters Python's part takes longer than the arithmetic:
+// the hash of a tensor alone is a call of a Python function.
+#include "optim_step.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "optim.h"
+
+namespace dlkernels {
+namespace {
+
+using Lists = std::vector<std::vector<Tensor>>;  // params, grads, and one for each key
+
+// A plain tensor, or null.
+const Tensor* plain(PyObject* object) {
+  if (!object || !THPVariable_CheckExact(object)) return nullptr;
+  const Tensor& t = THPVariable_Unpack(object);
+  return is_plain(t) && t.is_cpu() ? &t : nullptr;
+}
+
+// Borrowed; null where there is none.
+PyObject* get(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (!value && PyErr_Occurred()) throw pybind11::error_already_set();
+  return value;
+}
+
+// The states of parameters, which mostly come in the parameters' order: then no key is looked up.
+struct States {
+  PyObject* dict;
+  Py_ssize_t at = 0;
+  bool in_order = true;  // so far
+
+  PyObject* of(PyObject* param) {
+    PyObject *key = nullptr, *value = nullptr;
+    if (in_order && PyDict_Next(dict, &at, &key, &value) && key == param) return value;
+    in_order = false;
+    return get(dict, param);
+  }
+};
+
+enum class Found { kAll, kNotOurs, kNoState };
+
+// The states' tensors by their keys.
+Found collect_state(PyObject* state, const pybind11::tuple& keys, Lists& lists) {
+  if (!state) return Found::kNoState;
+  if (!PyDict_CheckExact(state)) return Found::kNotOurs;
+  for (size_t k = 0; k < keys.size(); ++k) {
+    PyObject* const key = PyTuple_GET_ITEM(keys.ptr(), k);
+    if (key == Py_None) continue;
+    PyObject* const value = get(state, key);
+    if (!value || value == Py_None) return Found::kNoState;
+    const Tensor* const t = plain(value);
+    if (!t) return Found::kNotOurs;
+    lists[2 + k].push_back(*t);
+  }
+  return Found::kAll;
+}
+
+// kNotOurs where a tensor is not plain, or its state stands here twice.
+Found collect(PyObject* params, const pybind11::tuple& keys, States& states, Lists& lists) {
+  if (!PyList_CheckExact(params)) return Found::kNotOurs;
+  const bool stateless = std::all_of(keys.begin(), keys.end(), [](auto k) { return k.is_none(); });
+  Found found = Found::kAll;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    PyObject* const object = PyList_GET_ITEM(params, i);
+    const Tensor* const param = plain(object);
+    if (!param) return Found::kNotOurs;
+    const Tensor& grad = param->grad();
+    if (!grad.defined()) continue;
+    if (!is_plain(grad) || at::isTensorSubclassLike(grad)) return Found::kNotOurs;
+    lists[0].push_back(*param), lists[1].push_back(grad);
+    if (stateless) continue;
+    const Found state = collect_state(states.of(object), keys, lists);
+    if (state == Found::kNotOurs) return state;
+    if (state == Found::kNoState) found = state;
+  }
+  if (stateless || states.in_order) return found;  // the keys of a dict differ
+  std::vector<const void*> seen;
+  for (const Tensor& t : lists[0]) seen.push_back(t.unsafeGetTensorImpl());
+  std::sort(seen.begin(), seen.end());
+  const bool twice = std::adjacent_find(seen.begin(), seen.end()) != seen.end();
+  return twice ? Found::kNotOurs : found;
+}
+
+const OptimCall& find_call(const std::string& op) {
+  for (const OptimCall* call = OptimCall::first; call; call = call->next)
+    if (op == call->name) return *call;
+  TORCH_CHECK(false, "no optimizer's op is named ", op);
+}
+
+}  // namespace
+
+pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
+                            const std::vector<OptimGroup>& groups,
+                            const pybind11::object& grad_scale, const pybind11::object& found_inf) {
+  optional<Tensor> scales[2];
+  for (const int i : {0, 1})
+    if (const pybind11::object& object = i ? found_inf : grad_scale; !object.is_none()) {
+      const Tensor* const t = plain(object.ptr());
+      if (!t) return pybind11::bool_(false);
+      scales[i] = *t;
+    }
+  std::vector<Lists> all;
+  States states = {state.ptr()};
+  bool complete = true;
+  for (const auto& [params, keys, scalars] : groups) {
+    const Found found = collect(params.ptr(), keys, states, all.emplace_back(2 + keys.size()));
+    if (found == Found::kNotOurs) return pybind11::bool_(false);
+    complete &= found == Found::kAll;
+  }
+  if (!complete) return pybind11::none();
+  const OptimCall& step = find_call(op);
+  {
+    const pybind11::gil_scoped_release no_gil;
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < groups.size(); ++i)
+      if (!all[i][0].empty()) step.call(all[i], std::get<2>(groups[i]), scales[0], scales[1]);
+  }
+  return pybind11::bool_(true);
+}
+
+}  // namespace dlkernels

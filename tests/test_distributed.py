@@ -1,0 +1,135 @@
+"""Several processes under torchrun: the example's, and our modules and optimizers under FSDP2."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch was built without gloo",
+)
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a script under torchrun, in two processes, in an empty folder."""
+    running = []
+
+    def start(*args):
+        torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, *map(str, args)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def losses(path):
+    history = torch.load(path, weights_only=True)["history"]
+    return [[epoch[kernels]["loss"] for kernels in ("torch", "dlkernels")] for epoch in history]
+
+
+def test_two_processes_have_the_losses_of_one(start, tmp_path):
+    # Of the 1,347 rows the last batch has one, so that one of the processes has none.
+    args = SCRIPT, "--epochs", "3", "--batch-size", "673", "--checkpoint"
+    assert "apart" in finish(start(*args, "two.pt"))
+    one = [sys.executable, *args, "one.pt", "--threads", "1"]
+    subprocess.run(one, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    two = torch.tensor(losses(tmp_path / "two.pt"))
+    torch.testing.assert_close(two, torch.tensor(losses(tmp_path / "one.pt")), rtol=1e-4, atol=0)
+
+
+def test_a_killed_process_ends_the_run_and_a_restart_resumes(start, tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    args = SCRIPT, "--kernels", "dlkernels", "--checkpoint", checkpoint, "--resume", "--epochs"
+    torchrun = start(*args, 100_000)
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists():
+        assert torchrun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = torchrun.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert torchrun.returncode != 0 and "Signal 9 (SIGKILL)" in err
+    epochs = len(torch.load(checkpoint, weights_only=True)["history"])
+    out = finish(start(*args, epochs + 1))
+    assert f"resumed after epoch {epochs}" in out and f"epoch {epochs + 1}/{epochs + 1}" in out
+
+
+FSDP = """
+import sys
+import torch
+import dlkernels
+from torch import nn
+from torch.distributed import destroy_process_group, get_rank, init_process_group
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+init_process_group("gloo")
+
+
+def train(sharded, make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    x, y = torch.randn(4, 4, 6), torch.randint(3, (4, 4))
+    if sharded:
+        dlkernels.convert(model)
+        fully_shard(model[2])
+        fully_shard(model)
+    opt = make(model.parameters(), lr=0.05)
+    for step in range(4):
+        rows = slice(get_rank() * 2, get_rank() * 2 + 2) if sharded else slice(None)
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x[step, rows]), y[step, rows]).backward()
+        opt.step()
+    return list(model.parameters())
+
+
+for kernels, torchs in (
+    (dlkernels.optim.Adam, torch.optim.Adam), (dlkernels.optim.AdamW, torch.optim.AdamW)
+):
+    dlkernels.reset_stats()
+    got = train(True, kernels)
+    stats = dlkernels.stats()
+    assert all(isinstance(p, DTensor) for p in got)
+    assert stats["linear"]["kernel"] + stats["linear_relu"]["kernel"] + stats["mlp"]["kernel"] >= 4
+    assert stats["adam_"]["kernel"] + stats["adam_"]["torch"] == 4, stats
+    for a, b in zip(got, train(False, torchs), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b)
+destroy_process_group()
+print("trained")
+"""
+
+
+def test_fully_shard(start, tmp_path):
+    (tmp_path / "fsdp.py").write_text(FSDP)
+    assert finish(start(tmp_path / "fsdp.py")).count("trained") == 2

@@ -82,8 +82,8 @@ struct Case {
   }
 
   int forward(bool relu) {
-    int wrong = run({x.data(), weight.data(), relu ? bias.data() : nullptr, y.data(), nullptr, relu,
-                     /*pool=*/false});
+    int wrong =
+        run({x.data(), weight.data(), relu ? bias.data() : nullptr, y.data(), nullptr, relu});
     each_output(s.h.out, s.w.out, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
       double z = relu ? bias.at(o) : 0, terms = 1;
       each_product(n, o, i, j, [&](int64_t a, int64_t w) { z += x.at(a) * weight.at(w), ++terms; });
@@ -94,12 +94,12 @@ struct Case {
   }
 
   // What the pool makes of y, element for element, where no two are close.
-  int pooled(bool keeps) {
+  int pooled() {
     const int64_t PH = s.h.out / 2, PW = s.w.out / 2, P = s.N * s.K * PH * PW;
     CudaBuffer<T> pool_y(P);
     CudaBuffer<uint8_t> argmax(P);
-    int wrong = run({x.data(), weight.data(), bias.data(), pool_y.data(),
-                     keeps ? argmax.data() : nullptr, /*relu=*/true, /*pool=*/true});
+    int wrong =
+        run({x.data(), weight.data(), bias.data(), pool_y.data(), argmax.data(), /*relu=*/true});
     CudaBuffer<T> grad(P, 5), expanded(y.size());
     expanded.fill(cuda::from_float<T>(0));
     each_output(PH, PW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
@@ -112,16 +112,14 @@ struct Case {
       }
       const int64_t p = at(n, o, i, j, s.K, PH, PW);
       wrong += !close(pool_y.at(p), best, allowed);
-      if (!keeps) return;
       const int element = argmax[((n * PH + i) * PW + j) * s.K + o];
-      wrong += (element == cuda::kNoElement) != (pool_y.at(p) == 0);
-      if (element == cuda::kNoElement) return;
+      wrong += (element == cuda::conv::kNoElement) != (pool_y.at(p) == 0);
+      if (element == cuda::conv::kNoElement) return;
       if (element > 3) return void(++wrong);
       const int64_t at = at_y(n, o, 2 * i + element / 2, 2 * j + element % 2);
       wrong += !close(y.at(at), pool_y.at(p), 2 * allowed);  // forward() has just filled y
       expanded[at] = grad[p];
     });
-    if (!keeps) return wrong;
     // Its gradient is that of the expanded one, bit for bit, where both are packed.
     CudaBuffer<T> gx(x.size()), gw(weight.size()), gb(s.K);
     CudaBuffer<T> ex(x.size()), ew(weight.size()), eb(s.K);
@@ -177,15 +175,14 @@ int wrong_results(const Shape& shape, bool last, bool weight_last, bool relu, bo
   const Conv2d s = {kDType<T>, shape.N, shape.C,     shape.K, shape.groups, shape.h,
                     shape.w,   last,    weight_last, tf32,    way};
   Case<T> c(s);
-  const int y = c.forward(relu), g = c.backward(relu), p = relu ? c.pooled(true) : 0;
-  const int only_y = relu ? c.pooled(false) : 0;
-  if (y + g + p + only_y)
+  const int y = c.forward(relu), g = c.backward(relu), p = relu ? c.pooled() : 0;
+  if (y + g + p)
     std::printf(
         "%zu bytes C=%ld K=%ld H=%ld W=%ld last=%d %d way=%d relu=%d: %d, gradients %d, "
-        "pool %d %d\n",
+        "pool %d\n",
         sizeof(T), long(s.C), long(s.K), long(s.h.in), long(s.w.in), last, weight_last, int(way),
-        relu, y, g, p, only_y);
-  return y + g + p + only_y;
+        relu, y, g, p);
+  return y + g + p;
 }
 
 const Shape shapes[] = {
@@ -222,12 +219,72 @@ const CudaTest gemm_test("conv2d, by matrices", [] {
   return each_type([](auto zero) { return each_shape<decltype(zero)>(ConvWay::kGemm); });
 });
 
+// A gradient's gathers meet each input, output and tap that belong together, once.
+int wrong_gathers(const ConvAxis& a) {
+  const cuda::conv::PassAxis axis(a, /*gradient=*/true);
+  int wrong = 0, expected = 0, met = 0, inputs = 0;
+  for (int64_t o = 0; o < a.out; ++o)
+    for (int64_t tap = 0; tap < a.taps; ++tap) expected += input(a, o, tap) >= 0;
+  for (int residue = 0; residue < axis.residues; ++residue) {
+    const auto g = axis.gather(residue, /*gradient=*/true);
+    wrong += g.count > axis.rows || (g.taps && static_cast<int>(g.by_taps.d) != g.taps);
+    for (int i = 0; i < g.count; ++i) {
+      ++inputs;
+      for (int t = 0; t < g.taps; ++t) {
+        const int o = g.input(i) + t * g.step, tap = g.tap + t * g.tap_step;
+        if (!g.inside(o)) continue;
+        wrong += tap >= a.taps || input(a, o, tap) != g.first + i * g.every;
+        ++met;
+      }
+    }
+  }
+  return wrong + (met != expected) + (inputs != a.in);
+}
+
+const CudaTest gather_test("the gathers of a gradient", [] {
+  int wrong = 0;
+  for (int64_t i = 0; i < 9 * 5 * 7 * 7 * 6; ++i) {
+    const int64_t in = i % 9 + 1, taps = i / 9 % 5 + 1, stride = i / 45 % 7 + 1;
+    const int64_t pad = i / 315 % 7, dilation = i / 2205 % 6 + 1;
+    if (dilation * (taps - 1) < in + 2 * pad)
+      wrong += wrong_gathers(axis(in, taps, stride, pad, dilation));
+  }
+  return wrong;
+});
+
+// Rows far behind what 32 bits count, without the tensors that have so many.
+const CudaTest rows_test("rows of huge tensors", [] {
+  int wrong = 0;
+  for (const bool pools : {false, true})
+    for (const int64_t size : {1, 2, 3, 62, 8191}) {
+      const int64_t N = (int64_t{1} << 36) / (size * size);
+      const Conv2d s = {cuda::DType::kFloat32, N,    4,   4, 1, axis(size, 1),
+                        axis(size, 1),         true, true};
+      const cuda::conv::Pass pass(s, /*gradient=*/false, pools);
+      const int64_t out = pools ? size / 2 * 2 : size, rows = N * out * out;
+      wrong += pass.rows() != rows;
+      if (rows == 0) continue;
+      for (const int64_t begin : {int64_t{0}, rows / 3 / 128 * 128, (rows - 1) / 128 * 128}) {
+        const cuda::conv::Rows tile(pass, begin);
+        for (const int row : {0, 1, 2, 3, 77, 127}) {
+          const auto p = tile.place(pass, row);
+          const int64_t n = (begin + row) / (out * out), at = (begin + row) % (out * out);
+          const int64_t q = at / 4, width = out / 2;
+          wrong += p.n >= tile.images ? begin + row < rows : tile.first_image + p.n != n;
+          wrong += p.a != (pools ? q / width * 2 + at % 4 / 2 : at / out);
+          wrong += p.b != (pools ? q % width * 2 + at % 2 : at % out);
+        }
+      }
+    }
+  return wrong;
+});
+
 // Divisors at their limits.
 const CudaTest divisor_test("division by a multiplication", [] {
   int wrong = 0;
   for (const int64_t d :
        {1, 2, 3, 5, 7, 64, 641, 65535, 65537, 1 << 30, (1 << 30) + 1, INT32_MAX}) {
-    const cuda::Divisor by(d);
+    const cuda::conv::Divisor by(d);
     for (const int64_t near :
          {int64_t{0}, d, 2 * d, 1000 * d, INT32_MAX / d * d, int64_t{INT32_MAX}})
       for (int64_t n = near - 2; n <= near + 2; ++n)

@@ -8,6 +8,8 @@ namespace dlkernels::cuda {
 
 namespace {
 
+using namespace conv;
+
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 int64_t run_size(const Conv2d& c) { return c.dtype == DType::kFloat32 ? 4 : 8; }
 int64_t taps(const Conv2d& c) { return c.h.taps * c.w.taps; }
@@ -45,12 +47,14 @@ Estimate estimate_weight(const Conv2d& c) {
           rows * static_cast<double>(tile * c.groups) / gemm_rate(c) + 4 * kLaunch};
 }
 
-// The matrix kernels count an image's elements in 32 bits.
+// The matrix kernels count the elements of all images that a tile's rows, or the rows of a step,
+// are of in 32 bits.
 bool gemm_fits(const Conv2d& c) {
   const int64_t pixels = max(c.h.in * c.w.in, c.h.out * c.w.out), run = run_size(c);
+  const int64_t rows = min(c.h.in * c.w.in / (c.h.stride * c.w.stride), c.h.out * c.w.out / 4);
   const int64_t channels =
       c.groups * max(round_up(c.C / c.groups, run), round_up(c.K / c.groups, run));
-  return pixels <= (int64_t{1} << 30) / channels;
+  return pixels <= (int64_t{1} << 30) / channels / (1 + 128 / (rows + 1));
 }
 bool by_gemm(const Conv2d& c, const Estimate& e) {
   if (c.way == ConvWay::kDirect || !gemm_fits(c)) return false;
@@ -90,8 +94,8 @@ class Run {
   int64_t used() const { return workspace_.used(); }
 
   Error forward(const Conv2dForward& t) {
-    const Pass pass(c_, /*gradient=*/false, t.pool);
-    const int64_t p = t.pool ? 2 : 1;
+    const Pass pass(c_, /*gradient=*/false, /*pools=*/t.argmax);
+    const int64_t p = t.argmax ? 2 : 1;
     const View y = view(t.y, c_.groups, K_, c_.h.out / p, c_.w.out / p, c_.channels_last);
     const Finish finish(y, K_, t.bias, t.argmax, t.relu);
     if (!by_gemm(c_, estimate(c_, false)))
@@ -228,9 +232,10 @@ class Run {
   }
 
   // Into how many parts the rows are cut: for two blocks a multiprocessor of a large GPU, each with
-  // enough rows to be worth its store, and no more than 32 bits count.
-  static int64_t weight_splits(int64_t blocks, int64_t rows) {
-    return max(rows / (1 << 29) + 1, min(ceil_div(2 * 132, blocks), rows / 512));
+  // enough rows to be worth its store, and no more rows and numbers of x than 32 bits count.
+  int64_t weight_splits(int64_t blocks, int64_t rows) const {
+    const int64_t numbers = c_.N * c_.h.in * c_.w.in * c_.groups * padded_C_;
+    return max(max(rows, numbers) / (1 << 30) + 1, min(ceil_div(2 * 132, blocks), rows / 512));
   }
   float* take_floats(int64_t n) {
     return static_cast<float*>(workspace_.take(n * int64_t{sizeof(float)}));
@@ -254,17 +259,6 @@ Error with_run(const Conv2d& c, void* workspace, bool counts, Stream stream, con
 }
 
 }  // namespace
-
-bool conv2d_fits(const Conv2d& c) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  const auto fits = [&](const ConvAxis& a) {  // in this order no product overflows
-    return a.in < kMost && a.out < kMost && a.taps < kMost && a.stride < kMost && a.pad < kMost &&
-           a.dilation < kMost && (a.out + 1) * a.stride + a.taps * a.dilation < kMost;
-  };
-  return fits(c.h) && fits(c.w) && c.h.in * c.w.in < kMost && c.h.out * c.w.out < kMost &&
-         c.C < 1 << 21 && c.K < 1 << 21 && c.h.taps * c.w.taps < kMost &&
-         c.K * ((c.C / c.groups + 7) / 8 * 8) < kMost / (c.h.taps * c.w.taps);
-}
 
 int64_t conv2d_workspace(const Conv2d& c, const Conv2dForward& tensors) {
   int64_t bytes = 0;

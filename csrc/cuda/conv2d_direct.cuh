@@ -3,7 +3,7 @@
 #pragma once
 #include "conv2d_finish.cuh"
 
-namespace dlkernels::cuda {
+namespace dlkernels::cuda::conv {
 
 constexpr int kDirectThreads = 256;
 constexpr int kDirectRows = 4, kDirectChannels = 8;  // a thread computes
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const __grid_con
       d.channels_last ? threadIdx.x % d.lanes : threadIdx.x / (kDirectThreads / d.lanes);
   const int row_lane =
       d.channels_last ? threadIdx.x / d.lanes : threadIdx.x % (kDirectThreads / d.lanes);
-  const Piece piece(d.pass, d.channel_tiles, blockIdx.x);
+  const Piece piece(d.pass, d.channel_tiles, blockIdx.x, d.pass.gradient);
   const Gather &h = piece.h, &w = piece.w;
   const int channel_tile = piece.channel_tile * d.lanes * kDirectChannels;
   const Rows tile(d.pass, piece.row_tile * d.tile_rows());
@@ -150,7 +150,8 @@ struct DirectWeight {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kDirectThreads) direct_weight_kernel(const __grid_constant__ DirectWeight d) {
+__global__ void __launch_bounds__(kDirectThreads)
+    direct_weight_kernel(const __grid_constant__ DirectWeight d) {
   const int64_t element = global_thread() / kWarp;
   if (element >= d.weights) return;
   const int lane = threadIdx.x % kWarp;
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_weight_kernel(const __g
   const int64_t rest = element / d.pass.summed;
   const int tap = static_cast<int>(rest % taps), th = tap / taps_w, tw = tap % taps_w;
   const int64_t o = rest / taps, group = o / d.pass.written;
-  const Gather h = d.pass.h.gather(0), w = d.pass.w.gather(0);
+  const Gather h = d.pass.h.gather(0, false), w = d.pass.w.gather(0, false);
   const int64_t begin = blockIdx.y * d.rows_a_split;
   const int64_t end = min(begin + d.rows_a_split, d.pass.rows());
   const T* const x = static_cast<const T*>(d.x.data) + group * d.x.sg + c * d.x.sc;
@@ -186,4 +187,4 @@ Error direct_weight(const DirectWeight& d, Stream stream) {
   return launch(direct_weight_kernel<T>, dim3(blocks, d.splits), kDirectThreads, 0, stream, d);
 }
 
-}  // namespace dlkernels::cuda
+}  // namespace dlkernels::cuda::conv

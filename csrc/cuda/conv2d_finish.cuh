@@ -2,7 +2,7 @@
 #pragma once
 #include "conv2d_pass.cuh"
 
-namespace dlkernels::cuda {
+namespace dlkernels::cuda::conv {
 
 constexpr uint8_t kNoElement = 255;
 
@@ -43,7 +43,7 @@ __device__ void store_channels(T* to, int64_t step, const float (&values)[kChann
     if (i < n) to[i * step] = from_float<T>(values[i]);
 }
 
-// bias and argmax may be null.
+// bias may be null, and argmax is where the pass does not pool.
 struct Finish {
   View y;  // not const
   const void* bias;
@@ -87,7 +87,7 @@ struct Finish {
       const float z[4] = {sums[0][i], sums[1][i], sums[2][i], sums[3][i]};
       const Pooled best = pool_window(z);
       pooled[i] = best.value;
-      if (argmax && i < n) argmax[element + i] = best.element;
+      if (i < n) argmax[element + i] = best.element;
     }
     store_channels(at<T>(piece, channel) + image * y.sn + p.a / 2 * y.sh + p.b / 2 * y.sw, y.sc,
                    pooled, n, packed);
@@ -108,4 +108,4 @@ struct Finish {
   }
 };
 
-}  // namespace dlkernels::cuda
+}  // namespace dlkernels::cuda::conv

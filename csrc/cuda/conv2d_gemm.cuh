@@ -5,7 +5,7 @@
 #include "conv2d_finish.cuh"
 #include "gemm.cuh"
 
-namespace dlkernels::cuda {
+namespace dlkernels::cuda::conv {
 
 // The matrix of windows: a line is a row of a pass, its numbers are (tap, channel), by which they
 // are found. As A of a pass a row's numbers are summed over (kKInner), as B of grad_weight rows
@@ -17,30 +17,28 @@ struct Windows {
   static constexpr int alignment = 16;
 
   const T* x;  // of the group, from the image of the first row on
-  int64_t image, images;
-  uint32_t sh, sw;
+  uint32_t image, sh, sw;
   const Pass& pass;
   const Piece& piece;
   Rows rows;
-  int64_t size;  // rows
+  int size;  // rows
   int numbers;
   Divisor by_channels;
 
   // Offsets wrap where a window begins outside of its image; their sum is right where it is inside.
   struct Line {
-    const T* from;  // the image, null where there is no such row
     uint32_t offset;
     int h, w;
   };
   struct At {
     uint32_t offset;
     int h, w;
-    bool valid;
   };
+  static constexpr int kOutside = -(1 << 30);  // plus the place of any tap: still negative
 
   __device__ Windows(const Pass& pass, const Piece& piece, const View& view, int64_t first_row,
-                     int64_t size, int channels, const Divisor& by_channels)
-      : image(view.sn),
+                     int size, int channels, const Divisor& by_channels)
+      : image(static_cast<uint32_t>(view.sn)),
         sh(static_cast<uint32_t>(view.sh)),
         sw(static_cast<uint32_t>(view.sw)),
         pass(pass),
@@ -52,23 +50,26 @@ struct Windows {
     x = static_cast<const T*>(view.data) + rows.first_image * view.sn + piece.group * view.sg;
   }
 
+  __device__ bool is_row(const Place& p) const {
+    return p.n < rows.images && p.a < piece.h.count && p.b < piece.w.count;
+  }
   __device__ Line line(int64_t i) const {
     const Place p = rows.place(pass, static_cast<int>(i));
-    const bool valid = i < size && p.n < rows.images && p.a < piece.h.count && p.b < piece.w.count;
     const int h = piece.h.input(p.a), w = piece.w.input(p.b);
-    return {valid ? x + p.n * image : nullptr, h * sh + w * sw, h, w};
+    return {p.n * image + h * sh + w * sw, (kKInner ? is_row(p) : i < size) ? h : kOutside, w};
   }
   __device__ At at(int64_t j) const {
     const int tap = by_channels.quotient(static_cast<int>(j));
     const int c = by_channels.remainder(static_cast<int>(j), tap);
     const int th = piece.w.by_taps.quotient(tap), tw = piece.w.by_taps.remainder(tap, th);
     const int h = th * piece.h.step, w = tw * piece.w.step;
-    return {h * sh + w * sw + c, h, w, j < numbers};
+    return {h * sh + w * sw + c, j < numbers ? h : kOutside, w};
   }
   __device__ Run<T> run(const Line& line, const At& at) const {
-    if (!line.from || !at.valid || !piece.h.inside(line.h + at.h) || !piece.w.inside(line.w + at.w))
-      return {static_cast<const T*>(x), 0};
-    return {line.from + static_cast<uint32_t>(line.offset + at.offset), Pack<T>::kSize};
+    // kOutside twice is -2^31, which no int is below.
+    const int h = line.h + at.h, w = line.w + at.w;
+    if (!piece.h.inside(h) || !piece.w.inside(w)) return {x, 0};
+    return {x + (line.offset + at.offset), Pack<T>::kSize};
   }
 };
 
@@ -149,8 +150,8 @@ struct GemmPass {
 
 template <class Tile, Math kMath, bool kGradient, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    gemm_pass_kernel(const __grid_constant__ GemmPass g, T) {
-  const Piece piece(g.pass, g.channel_tiles, blockIdx.x);
+    gemm_pass_kernel(const __grid_constant__ GemmPass g) {
+  const Piece piece(g.pass, g.channel_tiles, blockIdx.x, kGradient);
   const int64_t m0 = piece.row_tile * Tile::kM;
   const int n0 = piece.channel_tile * Tile::kN;
   const Windows<T, true> a(g.pass, piece, g.x, m0, Tile::kM, static_cast<int>(g.padded_summed),
@@ -176,10 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 
   const float* const staged = stage_tile<Tile>(acc);
-  const auto place_of = [&](int m, Place& p) {
-    p = a.rows.place(g.pass, m);
-    return p.n < a.rows.images && p.a < piece.h.count && p.b < piece.w.count;
-  };
+  const auto place_of = [&](int m, Place& p) { return a.is_row(p = a.rows.place(g.pass, m)); };
   const bool runs_first = g.finish.y.sc == 1;
   constexpr int kRun = Pack<T>::kSize;
   Place p;
@@ -224,10 +222,11 @@ struct GemmWeight {
 
 template <class Tile, Math kMath, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    gemm_weight_kernel(const __grid_constant__ GemmWeight g, T) {
-  const Piece piece(g.pass, g.column_tiles * g.row_tiles, blockIdx.x);  // of one gather
+    gemm_weight_kernel(const __grid_constant__ GemmWeight g) {
+  const Piece piece(g.pass, g.column_tiles * g.row_tiles, blockIdx.x, false);
   const int64_t split = piece.row_tile, begin = split * g.rows_a_split;
-  const int64_t size = min(g.rows_a_split, g.pass.rows() - begin);
+  const int64_t left = g.pass.rows() - begin;
+  const auto size = static_cast<int>(left < 0 ? 0 : min(g.rows_a_split, left));
   const int m0 = piece.channel_tile % g.row_tiles * Tile::kM;
   const int n0 = piece.channel_tile / g.row_tiles * Tile::kN;
   const int64_t pixel = g.grad_y.sw;
@@ -237,8 +236,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Windows<T, false> b(g.pass, piece, g.x, begin, size, static_cast<int>(g.padded_C),
                             g.by_channels);
   Accumulators<Tile, false> acc;
-  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, 0,
-                             ceil_div(max(size, int64_t{0}), 128 / int{sizeof(T)}), false);
+  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, 0, ceil_div(size, 128 / int{sizeof(T)}), false);
   float* const to = g.partials + (split * g.pass.groups + piece.group) * g.pass.written * b.numbers;
   each_run<Tile, 1, 4>(stage_tile<Tile>(acc), true, [&](int m, int n, float (&sums)[1][4]) {
     if (m0 + m < g.pass.written && n0 + n < b.numbers)
@@ -248,8 +246,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 // ---- launches ---------------------------------------------------------------------------------
 
-// Most layers write 64 channels, or a multiple.
-using NarrowTile = Tile<128, 64, 64, 32, 4, 2>;
+// Most layers write 64 channels, or a multiple. float32 takes more registers than a product of
+// matrices does, for the places of windows: so fewer warps share a multiprocessor, or a warp has
+// less of a tile.
+template <class T>
+using NarrowTile =
+    std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, 2>, Tile<128, 64, 64, 32, 4, 2>>;
+template <class T>
+using WideTile =
+    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 5, 1>, Tile<128, 128, 64, 64, 3, 2>>;
+using WeightTile = Tile<64, 64, 32, 32, 4, 2>;
 
 // f(the math that a float32 product may take): for narrow types there is one.
 template <class T, class F>
@@ -266,17 +272,17 @@ Error gemm_pass(GemmPass g, bool allow_tf32, Stream stream) {
       g.channel_tiles = static_cast<int>(ceil_div(g.pass.written, Tile::kN));
       const int64_t tiles =
           ceil_div(g.pass.rows(), Tile::kM) * g.pass.gathers() * g.pass.groups * g.channel_tiles;
-      return launch(g.pass.h.gradient ? gemm_pass_kernel<Tile, math(), true, T>
-                                      : gemm_pass_kernel<Tile, math(), false, T>,
-                    static_cast<unsigned>(tiles), Tile::kThreads, Tile::kShared, stream, g, T());
+      return launch(g.pass.gradient ? gemm_pass_kernel<Tile, math(), true, T>
+                                    : gemm_pass_kernel<Tile, math(), false, T>,
+                    static_cast<unsigned>(tiles), Tile::kThreads, Tile::kShared, stream, g);
     };
-    return g.pass.written <= NarrowTile::kN ? run(NarrowTile()) : run(LargeTile<T>());
+    return g.pass.written <= 64 ? run(NarrowTile<T>()) : run(WideTile<T>());
   });
 }
 
 // How many blocks a sum over the rows takes.
 inline int64_t gemm_weight_blocks(int64_t groups, int64_t K, int64_t columns) {
-  const int64_t side = K <= SmallTile::kM ? SmallTile::kM : LargeTile<float>::kM;
+  const int64_t side = K <= 64 ? 64 : 128;
   return groups * ceil_div(K, side) * ceil_div(columns, side);
 }
 
@@ -289,10 +295,10 @@ Error gemm_weight(GemmWeight g, bool allow_tf32, Stream stream) {
       g.column_tiles = static_cast<int>(ceil_div(columns, Tile::kN));
       const int64_t blocks = int64_t{g.row_tiles} * g.column_tiles * g.pass.groups * g.splits;
       return launch(gemm_weight_kernel<Tile, math(), T>, static_cast<unsigned>(blocks),
-                    Tile::kThreads, Tile::kShared, stream, g, T());
+                    Tile::kThreads, Tile::kShared, stream, g);
     };
-    return g.pass.written <= SmallTile::kM ? run(SmallTile()) : run(LargeTile<T>());
+    return g.pass.written <= 64 ? run(WeightTile()) : run(WideTile<T>());
   });
 }
 
-}  // namespace dlkernels::cuda
+}  // namespace dlkernels::cuda::conv

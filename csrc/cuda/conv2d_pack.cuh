@@ -4,7 +4,7 @@
 #pragma once
 #include "conv2d_pass.cuh"
 
-namespace dlkernels::cuda {
+namespace dlkernels::cuda::conv {
 
 constexpr int kPackThreads = 256;
 constexpr int kPackRows = 64, kPackChannels = 64;  // a tile
@@ -228,4 +228,4 @@ Error sum_partials(const Summing& s, Stream stream) {
                 kWarp * kSumRows, kWarp * kSumRows * int{sizeof(float)}, stream, s);
 }
 
-}  // namespace dlkernels::cuda
+}  // namespace dlkernels::cuda::conv

@@ -3,7 +3,7 @@
 #pragma once
 #include "common.cuh"
 
-namespace dlkernels::cuda {
+namespace dlkernels::cuda::conv {
 
 // n / d for 0 <= n < 2^31, 0 < d < 2^31, by a multiplication (Granlund and Montgomery, 1994).
 struct Divisor {
@@ -46,7 +46,6 @@ inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
 // a gather of its own.
 struct PassAxis {
   int in, out, taps, stride, pad, dilation;
-  bool gradient;
   int residues = 1;  // gathers of this axis
   int rows;          // the most outputs of one
   int common = 1, period = 1, inverse = 0;
@@ -59,7 +58,6 @@ struct PassAxis {
         stride(static_cast<int>(a.stride)),
         pad(static_cast<int>(a.pad)),
         dilation(static_cast<int>(a.dilation)),
-        gradient(gradient),
         rows(out) {
     if (gradient) {
       residues = min(stride, in);
@@ -80,7 +78,8 @@ struct PassAxis {
     by_fewer_taps = Divisor(most > 1 ? most - 1 : 1);
   }
 
-  __device__ Gather gather(int residue) const {
+  // Where it is known that there is but one, most of it stays in the kernel's parameters.
+  __device__ __forceinline__ Gather gather(int residue, bool gradient) const {
     if (!gradient) return {out, 0, 1, in, stride, -pad, dilation, taps, 0, 1, by_most_taps};
     Gather g = {};
     g.count = (in - residue + stride - 1) / stride, g.first = residue, g.every = stride;
@@ -121,6 +120,7 @@ struct Pass {
   int64_t N;
   int groups, summed, written;  // channels a group
   PassAxis h, w;
+  bool gradient;
   int pool;   // 2 where the outputs are max-pooled, else 1
   int plane;  // rows an image and gather, / pool^2
   Divisor by_plane, by_width;
@@ -132,6 +132,7 @@ struct Pass {
         written(static_cast<int>((gradient ? c.C : c.K) / c.groups)),
         h(c.h, gradient),
         w(c.w, gradient),
+        gradient(gradient),
         pool(pools ? 2 : 1),
         plane(h.rows / pool * (w.rows / pool)),
         by_plane(max(plane, 1)),
@@ -172,7 +173,8 @@ struct Piece {
   int64_t row_tile;
   Gather h, w;
 
-  __device__ Piece(const Pass& pass, int channel_tiles, int64_t block) {
+  __device__ __forceinline__ Piece(const Pass& pass, int channel_tiles, int64_t block,
+                                   bool gradient) {
     const auto next = [&](int n) {
       if (n == 1) return 0;
       const int64_t quotient = block / n, remainder = block - quotient * n;
@@ -181,10 +183,10 @@ struct Piece {
     };
     channel_tile = next(channel_tiles);
     group = next(pass.groups);
-    w = pass.w.gather(next(pass.w.residues));
-    h = pass.h.gather(next(pass.h.residues));
+    w = pass.w.gather(gradient ? next(pass.w.residues) : 0, gradient);
+    h = pass.h.gather(gradient ? next(pass.h.residues) : 0, gradient);
     row_tile = block;
   }
 };
 
-}  // namespace dlkernels::cuda
+}  // namespace dlkernels::cuda::conv

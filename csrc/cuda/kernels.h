@@ -28,7 +28,9 @@ struct ConvAxis {
 };
 
 // y[n, o, oh, ow] = bias[o] + sum over i, kh, kw of x[n, g * C / groups + i, h, w] * weight[o, i,
-// kh, kw], where g is o's group and h, w are tap kh of oh and tap kw of ow.
+// kh, kw], where g is o's group and h, w are tap kh of oh and tap kw of ow. An axis with its
+// padding and a plane have less than 2^30 elements, as do the weights with C / groups rounded up to
+// eight; there are less than 2^18 channels. Images may be of any size, and any many.
 enum class ConvWay { kFastest, kDirect, kGemm };
 struct Conv2d {
   DType dtype;  // of all but argmax
@@ -40,19 +42,15 @@ struct Conv2d {
   ConvWay way = ConvWay::kFastest;  // or the one that is tested
 };
 
-// What the kernels count in 32 bits: fewer than 2^30 elements on either axis with its padding, in a
-// plane, and in the weight; fewer than 2^21 channels. Images may have any size, and be any many.
-bool conv2d_fits(const Conv2d& conv);
-
-// relu: y = max(y, 0), a NaN stays one. With argmax, y (N, K, OH / 2, OW / 2) is the max-pool of
-// that with windows of 2x2: the first maximum or the last NaN; argmax, always (N, OH / 2, OW / 2,
-// K), says which, 2 * row + column, or 255 where it is <= 0. bias and argmax may be null; workspace
-// is aligned to 256 bytes.
+// relu: y = max(y, 0), a NaN stays one. With argmax, and then with relu, y (N, K, OH / 2, OW / 2)
+// is the max-pool of that with windows of 2x2: the first maximum or the last NaN; argmax, always
+// (N, OH / 2, OW / 2, K), says which, 2 * row + column, or 255 where it is <= 0. bias and argmax
+// may be null. workspace is aligned to 256 bytes.
 struct Conv2dForward {
   const void *x, *weight, *bias;
   void* y;
   uint8_t* argmax;
-  bool relu, pool;
+  bool relu;
 };
 int64_t conv2d_workspace(const Conv2d& conv, const Conv2dForward& tensors);  // in bytes
 Error conv2d(const Conv2d& conv, const Conv2dForward& tensors, void* workspace, Stream stream);
@@ -76,7 +74,6 @@ struct Kernels {
   int (*capability)(int device);  // as 90; 0 where it cannot be told
   decltype(cuda::relu)* relu;
   decltype(cuda::relu_backward)* relu_backward;
-  decltype(cuda::conv2d_fits)* conv2d_fits;
   decltype(cuda::conv2d_workspace)* conv2d_workspace;
   decltype(cuda::conv2d)* conv2d;
   decltype(cuda::conv2d_backward_workspace)* conv2d_backward_workspace;

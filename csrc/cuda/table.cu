@@ -9,7 +9,6 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .capability = capability,
       .relu = relu,
       .relu_backward = relu_backward,
-      .conv2d_fits = conv2d_fits,
       .conv2d_workspace = conv2d_workspace,
       .conv2d = conv2d,
       .conv2d_backward_workspace = conv2d_backward_workspace,

@@ -64,9 +64,9 @@ template <bool kLower>
 void autocast_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const at::ScalarType type = kLower ? at::autocast::get_autocast_dtype(at::kCUDA) : at::kFloat;
-  for (at::IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
-    if (value.isTensor())
-      value = at::autocast::cached_cast(type, value.toTensor(), c10::DeviceType::CUDA);
+  for (auto value = stack->end() - op.schema().arguments().size(); value != stack->end(); ++value)
+    if (value->isTensor())
+      *value = at::autocast::cached_cast(type, value->toTensor(), c10::DeviceType::CUDA);
   op.callBoxed(stack);
 }
 

@@ -254,7 +254,7 @@ using NarrowTile =
     std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, 2>, Tile<128, 64, 64, 32, 4, 2>>;
 template <class T>
 using WideTile =
-    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 5, 1>, Tile<128, 128, 64, 64, 3, 2>>;
+    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
 using WeightTile = Tile<64, 64, 32, 32, 4, 2>;
 
 // f(the math that a float32 product may take): for narrow types there is one.

@@ -210,8 +210,9 @@ class Run {
     const int64_t padded = gemm ? padded_C_ : C_, weights = c_.K * taps(c_) * padded;
     const View x = gemm ? packed_input(t.x) : input(t.x);
     const int64_t rows = pass.rows();
-    const int64_t blocks = gemm ? gemm_weight_blocks(c_.groups, K_, taps(c_) * padded)
-                                : ceil_div(weights, kDirectThreads / kWarp);
+    const int64_t blocks =
+        gemm ? gemm_weight_blocks<T>(c_.groups, K_, taps(c_) * padded, c_.allow_tf32)
+             : ceil_div(weights, kDirectThreads / kWarp);
     const int64_t splits = weight_splits(blocks, rows);
     const int64_t rows_a_split = ceil_div(rows, splits);
     float* const partials = take_floats(splits * weights);

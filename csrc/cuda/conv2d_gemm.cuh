@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int n0 = piece.channel_tile * Tile::kN;
   const Windows<T, true> a(g.pass, piece, g.x, m0, Tile::kM, static_cast<int>(g.padded_summed),
                            g.by_summed);
-  const int64_t steps = ceil_div(a.numbers, 128 / int{sizeof(T)});
+  const int steps = (a.numbers + 128 / int{sizeof(T)} - 1) / (128 / int{sizeof(T)});
   const T* const weight = static_cast<const T*>(g.weight);
   const int64_t taps = int64_t{g.pass.h.taps} * g.pass.w.taps, of_output = taps * g.padded_C;
   Accumulators<Tile, false> acc;
@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Windows<T, false> b(g.pass, piece, g.x, begin, size, static_cast<int>(g.padded_C),
                             g.by_channels);
   Accumulators<Tile, false> acc;
-  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, 0, ceil_div(size, 128 / int{sizeof(T)}), false);
+  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, 0,
+                             static_cast<int>(ceil_div(size, 128 / int{sizeof(T)})), false);
   float* const to = g.partials + (split * g.pass.groups + piece.group) * g.pass.written * b.numbers;
   each_run<Tile, 1, 4>(stage_tile<Tile>(acc), true, [&](int m, int n, float (&sums)[1][4]) {
     if (m0 + m < g.pass.written && n0 + n < b.numbers)
@@ -246,12 +247,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 // ---- launches ---------------------------------------------------------------------------------
 
-// Most layers write 64 channels, or a multiple. float32 takes more registers than a product of
-// matrices does, for the places of windows: so fewer warps share a multiprocessor, or a warp has
-// less of a tile.
-template <class T>
+// Most layers write 64 channels, or a multiple. Exact float32 takes more registers than a product
+// of matrices does, for the places of windows, and so much time that small tiles do.
+template <class T, Math kMath>
+constexpr bool kSlow = sizeof(T) == 4 && kMath == Math::kExact;
+template <class T, Math kMath>
 using NarrowTile =
-    std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, 2>, Tile<128, 64, 64, 32, 4, 2>>;
+    std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, kSlow<T, kMath> ? 1 : 2>,
+                       Tile<128, 64, 64, 32, 4, 2>>;
 template <class T>
 using WideTile =
     std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
@@ -276,13 +279,16 @@ Error gemm_pass(GemmPass g, bool allow_tf32, Stream stream) {
                                     : gemm_pass_kernel<Tile, math(), false, T>,
                     static_cast<unsigned>(tiles), Tile::kThreads, Tile::kShared, stream, g);
     };
-    return g.pass.written <= 64 ? run(NarrowTile<T>()) : run(WideTile<T>());
+    if constexpr (!kSlow<T, math()>)
+      if (g.pass.written > 64) return run(WideTile<T>());
+    return run(NarrowTile<T, math()>());
   });
 }
 
-// How many blocks a sum over the rows takes.
-inline int64_t gemm_weight_blocks(int64_t groups, int64_t K, int64_t columns) {
-  const int64_t side = K <= 64 ? 64 : 128;
+// How many blocks a sum over the rows takes, if they are not cut.
+template <class T>
+int64_t gemm_weight_blocks(int64_t groups, int64_t K, int64_t columns, bool allow_tf32) {
+  const int64_t side = K <= 64 || (sizeof(T) == 4 && !allow_tf32) ? 64 : 128;
   return groups * ceil_div(K, side) * ceil_div(columns, side);
 }
 
@@ -297,7 +303,9 @@ Error gemm_weight(GemmWeight g, bool allow_tf32, Stream stream) {
       return launch(gemm_weight_kernel<Tile, math(), T>, static_cast<unsigned>(blocks),
                     Tile::kThreads, Tile::kShared, stream, g);
     };
-    return g.pass.written <= 64 ? run(WeightTile()) : run(WideTile<T>());
+    if constexpr (!kSlow<T, math()>)
+      if (g.pass.written > 64) return run(WideTile<T>());
+    return run(WeightTile());
   });
 }
 

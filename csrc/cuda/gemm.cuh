@@ -49,11 +49,11 @@ struct Output {
 // ---- which tiles ------------------------------------------------------------------------------
 
 using SmallTile = Tile<64, 64, 32, 32, 4, 3>;
-// A warp's 64x64 halves what narrow operands ask of shared memory, which binds them; float32 needs
-// the registers of 64x32 for its split operands.
+// A warp's 64x64 halves what narrow operands ask of shared memory, which binds them; split float32
+// operands leave the registers for 64x32, and for one block.
 template <class T>
 using LargeTile =
-    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 2>, Tile<128, 128, 64, 64, 3, 2>>;
+    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
 
 // Sums over K may be cut into `splits`, each by other blocks into memory of its own.
 struct Plan {
@@ -115,8 +115,9 @@ struct TileGrid {
 
 // What a thread holds of its warp's part of C, in the places of multiply_add_16x8x16's c, and of
 // the sums of A's rows.
-template <class Tile, bool kSums>
+template <class Tile, bool kSums_>
 struct Accumulators {
+  static constexpr bool kSums = kSums_;
   static constexpr int kI = Tile::kWarpM / 16, kJ = Tile::kWarpN / 8;
   float c[kI][kJ][4] = {};
   float sums[kSums ? kI : 1][1][4] = {};
@@ -129,27 +130,26 @@ constexpr uint32_t kOnes = std::is_same_v<T, float>  ? 0x3f800000
                                                      : 0x3c003c00;
 
 // A step: both operands are in shared memory.
-template <class Tile, Math kMath, class A, class B, class Acc>
-__device__ __forceinline__ void multiply_step(Acc& acc, const unsigned char* a_tile,
-                                              const unsigned char* b_tile, int warp_m, int warp_n,
-                                              bool sums) {
-  using T = typename A::T;
-#pragma unroll
+template <Math kMath, class T, class Acc, class A, class B>
+__device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsigned char* a_tile,
+                                              const B& b, const unsigned char* b_tile, bool sums) {
+  // Unrolled further, exact float32 would need more registers than there are.
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 && kMath == Math::kExact ? 2 : 4;
+#pragma unroll kUnroll
   for (int part = 0; part < 4; ++part) {
-    uint32_t b[Acc::kJ][2];
+    uint32_t columns[Acc::kJ][2];
 #pragma unroll
     for (int j = 0; j < Acc::kJ; j += 2) {
       uint32_t r[4];
-      load_fragment<T, B::kKInner, Tile::kN>(r, b_tile, warp_n + 8 * j, part);
-      b[j][0] = r[0], b[j][1] = r[2], b[j + 1][0] = r[1], b[j + 1][1] = r[3];
+      b.load(r, b_tile, j / 2, part);
+      columns[j][0] = r[0], columns[j + 1][0] = r[1];
+      columns[j][1] = r[2], columns[j + 1][1] = r[3];
     }
-    const auto a = [&](uint32_t (&r)[4], int i) {
-      load_fragment<T, A::kKInner, Tile::kM>(r, a_tile, warp_m + 16 * i, part);
-    };
-    multiply_add<T, kMath>(acc.c, a, b);
-    if constexpr (!A::kKInner) {
+    const auto rows = [&](uint32_t (&r)[4], int i) { a.load(r, a_tile, i, part); };
+    multiply_add<T, kMath>(acc.c, rows, columns);
+    if constexpr (Acc::kSums) {
       const uint32_t ones[1][2] = {{kOnes<T>, kOnes<T>}};  // a column of them sums the rows
-      if (sums) multiply_add<T, kMath>(acc.sums, a, ones);
+      if (sums) multiply_add<T, kMath>(acc.sums, rows, ones);
     }
   }
 }
@@ -225,31 +225,33 @@ __device__ __forceinline__ void put_sums(const Acc& acc, const Output<T>& out, c
 // Steps [begin, end) of a tile's sums, from rows m0 of A and n0 of B on.
 template <class Tile, Math kMath, class A, class B, class Acc>
 __device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, int64_t m0,
-                                              int64_t n0, int64_t begin, int64_t end, bool sums) {
+                                              int64_t n0, int begin, int end, bool sums) {
   using T = typename A::T;
   constexpr int kStep = 128 / sizeof(T), kAhead = Tile::kStages - 1;
   unsigned char* shared = shared_memory();
   const Loader<A, Tile::kM, Tile::kThreads> load_a(a, m0);
   const Loader<B, Tile::kN, Tile::kThreads> load_b(b, n0);
+  const Fragments<T, A::kKInner, Tile::kM> rows(Tile::warp_m());
+  const Fragments<T, B::kKInner, Tile::kN> columns(Tile::warp_n());
   // Loads run kAhead steps before products; so the first steps only load, and the last only
   // multiply. A stage is loaded into after the barrier behind which all have multiplied it.
   int load_to = 0, multiply_from = 0;
-  for (int64_t step = begin - kAhead; step < end; ++step) {
+  for (int step = begin - kAhead; step < end; ++step) {
     if (step >= begin) {
       wait_copies<kAhead - 1>();
       __syncthreads();
     }
     if (step + kAhead < end) {
       unsigned char* stage = shared + load_to * Tile::kStage;
-      load_a.copy(stage, (step + kAhead) * kStep);
-      load_b.copy(stage + Tile::kM * 128, (step + kAhead) * kStep);
+      const int64_t k = int64_t{step + kAhead} * kStep;
+      load_a.copy(stage, k);
+      load_b.copy(stage + Tile::kM * 128, k);
       load_to = load_to + 1 < Tile::kStages ? load_to + 1 : 0;
     }
     commit_copies();
     if (step >= begin) {
       const unsigned char* stage = shared + multiply_from * Tile::kStage;
-      multiply_step<Tile, kMath, A, B>(acc, stage, stage + Tile::kM * 128, Tile::warp_m(),
-                                       Tile::warp_n(), sums);
+      multiply_step<kMath, T>(acc, rows, stage, columns, stage + Tile::kM * 128, sums);
       multiply_from = multiply_from + 1 < Tile::kStages ? multiply_from + 1 : 0;
     }
   }
@@ -259,14 +261,15 @@ __device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, 
 template <class Tile, Math kMath, class A, class B>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     gemm_kernel(const A a, const B b, const Output<typename A::T> out, const Parts parts,
-                const TileGrid grid, int64_t steps) {
+                const TileGrid grid, int steps) {
   unsigned tile_m, tile_n;
   grid.find(blockIdx.x, tile_m, tile_n);
   const int64_t m0 = int64_t{tile_m} * Tile::kM, n0 = int64_t{tile_n} * Tile::kN;
   const bool sums = !A::kKInner && out.row_sums && tile_n == 0 && Tile::warp_n() == 0;
   Accumulators<Tile, !A::kKInner> acc;
-  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, steps * blockIdx.z / parts.splits,
-                             steps * (blockIdx.z + 1) / parts.splits, sums);
+  const int begin = static_cast<int>(int64_t{steps} * blockIdx.z / parts.splits);
+  const int end = static_cast<int>(int64_t{steps} * (blockIdx.z + 1) / parts.splits);
+  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, begin, end, sums);
   if constexpr (!A::kKInner)
     if (sums) put_sums<Tile>(acc, out, parts, m0 + Tile::warp_m());
   put_tile<Tile>(acc, out, parts, m0, n0);
@@ -320,9 +323,10 @@ Error multiply_by(const A& a, const B& b, const Output<T>& out, int64_t K, const
                   Stream stream) {
   const TileGrid grid = {static_cast<unsigned>(parts.rows / Tile::kM),
                          static_cast<unsigned>(parts.cols / Tile::kN)};
-  const Error error = launch(
-      gemm_kernel<Tile, kMath, A, B>, dim3(grid.tiles_m * grid.tiles_n, 1, parts.splits),
-      Tile::kThreads, Tile::kShared, stream, a, b, out, parts, grid, ceil_div(K, 128 / sizeof(T)));
+  const Error error =
+      launch(gemm_kernel<Tile, kMath, A, B>, dim3(grid.tiles_m * grid.tiles_n, 1, parts.splits),
+             Tile::kThreads, Tile::kShared, stream, a, b, out, parts, grid,
+             static_cast<int>(ceil_div(K, 128 / sizeof(T))));
   if (error || parts.splits == 1) return error;
   const int64_t blocks = parts.cols / (8 * Pack<T>::kSize) * ceil_div(out.M, 32);
   return launch(sum_parts_kernel<T>, dim3(static_cast<unsigned>(blocks)), 256, 0, stream, parts,

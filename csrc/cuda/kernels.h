@@ -10,8 +10,9 @@
 
 namespace dlkernels::cuda {
 
-using Stream = void*;  // a cudaStream_t
-using Error = int;     // a cudaError_t; 0 is success
+using Stream = void*;               // a cudaStream_t
+using Error = int;                  // a cudaError_t; 0 is success
+constexpr Error kInvalidValue = 1;  // cudaErrorInvalidValue
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };  // stored so; sums are float32
 
@@ -67,6 +68,30 @@ struct Conv2dBackward {
 int64_t conv2d_backward_workspace(const Conv2d& conv, const Conv2dBackward& tensors);
 Error conv2d_backward(const Conv2d& conv, const Conv2dBackward& tensors, void* workspace,
                       Stream stream);
+// Numbers at data[i * row + j * col]; one of the strides is 1, or there is only one number along
+// it.
+struct Matrix {
+  const void* data;
+  int64_t row, col;
+};
+
+// C (M, N) = A (M, K) * B (N, K)^T, then C(m, n) += bias(n), then max(C, 0) with NaN as it is
+// (relu), then 0 where mask(m, n) <= 0. C and mask have rows of N, bias is (N), row_sums (M) are
+// the sums of A(m, k) over k; bias, mask and row_sums may be null. Where A's rows are no lines of
+// memory (row = 1), as they must not be for row_sums, B's columns have to be lines, too (row = 1).
+// Fastest where data and lines are aligned to 16 bytes. float32 is as exact as float32's own
+// arithmetic, or with allow_tf32 a product of numbers cut to 10 bits of mantissa.
+struct Product {
+  DType dtype;  // of all
+  int64_t M, N, K;
+  Matrix a, b;
+  void* c;
+  const void *bias, *mask;
+  void* row_sums;
+  bool relu, allow_tf32;
+};
+int64_t gemm_workspace(const Product& product);  // bytes, on the current device; aligned to 16
+Error gemm(const Product& product, void* workspace, Stream stream);
 
 struct Kernels {
   int version;  // of the CUDA toolkit it was built with, as 13000
@@ -78,6 +103,8 @@ struct Kernels {
   decltype(cuda::conv2d)* conv2d;
   decltype(cuda::conv2d_backward_workspace)* conv2d_backward_workspace;
   decltype(cuda::conv2d_backward)* conv2d_backward;
+  decltype(cuda::gemm_workspace)* gemm_workspace;
+  decltype(cuda::gemm)* gemm;
 };
 
 }  // namespace dlkernels::cuda

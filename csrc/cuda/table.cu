@@ -13,6 +13,8 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .conv2d = conv2d,
       .conv2d_backward_workspace = conv2d_backward_workspace,
       .conv2d_backward = conv2d_backward,
+      .gemm_workspace = gemm_workspace,
+      .gemm = gemm,
   };
   return &table;
 }

@@ -156,27 +156,46 @@ class Loader {
   typename Source::At at_;
 };
 
-// Rows [outer, outer + 16) of an operand in part `part` (of 4) of a step, as multiply_add_16x8x16
+// Reads a warp's part of an operand, the rows from `outer` on, out of shared memory. load(r, i,
+// part) is its rows [16 i, 16 i + 16) in part `part` (of 4) of the step, as multiply_add_16x8x16
 // and multiply_add_16x8x8_tf32 take A: r[0] rows g, r[1] rows g + 8, both in the part's first half;
 // r[2], r[3] the same in its second. For B these are two tiles of 8: {r[0], r[2]}, {r[1], r[3]}.
 template <class T, bool kKInner, int kOuter>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const unsigned char* tile,
-                                              int outer, int part) {
+class Fragments {
   using L = Layout<T, kKInner, kOuter>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if constexpr (kKInner) {
-    load_matrices(r, tile + L::at(outer + lane % 16, 2 * part + lane / 16));
-  } else if constexpr (sizeof(T) == 2) {
-    const int line = 16 * part + lane / 16 * 8 + lane % 8;
-    load_matrices_transposed(r, tile + L::at(line, outer / 8 + lane / 8 % 2));
-  } else {
+  static constexpr bool kMatrices = kKInner || sizeof(T) == 2;  // which ldmatrix can read
+
+ public:
+  __device__ explicit Fragments(int outer) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if constexpr (kKInner)
+      offset_ = outer * 128 + L::at(lane % 16, lane / 16);
+    else if constexpr (kMatrices)
+      offset_ = L::at(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ outer * 2;
+    else
+      offset_ = (L::at(lane % 4, lane / 16) ^ outer * 4) + lane / 4 % 4 * 4;
+  }
+
+  // A swizzle is linear: at(l, p ^ q) = at(l, p) ^ 16 q. So a lane needs one offset, and numbers
+  // known to the compiler.
+  __device__ __forceinline__ void load(uint32_t (&r)[4], const unsigned char* tile, int i,
+                                       int part) const {
+    constexpr int kLine = L::kPacks * 16;
+    if constexpr (kKInner) {
+      load_matrices(r, tile + i * 16 * kLine + (offset_ ^ part * 32));
+    } else if constexpr (kMatrices) {
+      load_matrices_transposed(r, tile + part * 16 * kLine + (offset_ ^ i * 32));
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int line = 8 * part + lane % 4 + i / 2 * 4, at = outer + i % 2 * 8 + lane / 4;
-      r[i] = *reinterpret_cast<const uint32_t*>(tile + L::at(line, at / 4) + at % 4 * 4);
+      for (int j = 0; j < 4; ++j)
+        r[j] = *reinterpret_cast<const uint32_t*>(tile + (8 * part + j / 2 * 4) * kLine +
+                                                  (offset_ ^ (i * 64 + j % 2 * 32)));
     }
   }
-}
+
+ private:
+  int offset_;
+};
 
 // x = big + small: big is x rounded to TF32, and small has 12 bits, of which tensor cores drop the
 // last. What rounds to an infinity has no small part: inf - inf would make it a NaN.

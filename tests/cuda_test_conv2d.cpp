@@ -282,6 +282,25 @@ const CudaTest rows_test("rows of huge tensors", [] {
   return wrong;
 });
 
+const CudaTest window_test("the maximum of a window", [] {
+  struct Window {
+    float z[4];
+    float value;
+    int element;
+  };
+  const Window windows[] = {{{1, 3, 3, 2}, 3, 1},
+                            {{-1, -2, -3, -4}, 0, cuda::conv::kNoElement},
+                            {{NAN, 9, NAN, 1}, NAN, 2},
+                            {{-INFINITY, 0, 0, 5}, 5, 3},
+                            {{0, 0, 0, 0}, 0, cuda::conv::kNoElement}};
+  int wrong = 0;
+  for (const Window& w : windows) {
+    const auto best = cuda::conv::pool_window(w.z);
+    wrong += !close(best.value, w.value, 0) || best.element != w.element;
+  }
+  return wrong;
+});
+
 // Divisors at their limits.
 const CudaTest divisor_test("division by a multiplication", [] {
   int wrong = 0;

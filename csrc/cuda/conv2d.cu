@@ -77,11 +77,11 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// A pass over `conv`, or, where there is no memory to work in, a count of what it needs.
+// The passes of a convolution; or, where it `counts`, only the memory that they need.
 template <class T>
-class Run {
+class Passes {
  public:
-  Run(const Conv2d& c, void* workspace, bool counts, Stream stream)
+  Passes(const Conv2d& c, void* workspace, bool counts, Stream stream)
       : c_(c),
         C_(c.C / c.groups),
         K_(c.K / c.groups),
@@ -250,12 +250,12 @@ class Run {
   Error error_ = 0;
 };
 
-// f(Run) of the conv's type.
+// f(the passes of the conv's type)
 template <class F>
-Error with_run(const Conv2d& c, void* workspace, bool counts, Stream stream, const F& f) {
+Error with_passes(const Conv2d& c, void* workspace, bool counts, Stream stream, const F& f) {
   return with_type(c.dtype, [&](auto zero) {
-    Run<decltype(zero)> run(c, workspace, counts, stream);
-    return f(run);
+    Passes<decltype(zero)> passes(c, workspace, counts, stream);
+    return f(passes);
   });
 }
 
@@ -263,31 +263,31 @@ Error with_run(const Conv2d& c, void* workspace, bool counts, Stream stream, con
 
 int64_t conv2d_workspace(const Conv2d& c, const Conv2dForward& tensors) {
   int64_t bytes = 0;
-  with_run(c, nullptr, /*counts=*/true, nullptr, [&](auto& run) {
-    const Error error = run.forward(tensors);
-    bytes = run.used();
+  with_passes(c, nullptr, /*counts=*/true, nullptr, [&](auto& passes) {
+    const Error error = passes.forward(tensors);
+    bytes = passes.used();
     return error;
   });
   return bytes;
 }
 Error conv2d(const Conv2d& c, const Conv2dForward& tensors, void* workspace, Stream stream) {
-  return with_run(c, workspace, /*counts=*/false, stream,
-                  [&](auto& run) { return run.forward(tensors); });
+  return with_passes(c, workspace, /*counts=*/false, stream,
+                     [&](auto& passes) { return passes.forward(tensors); });
 }
 
 int64_t conv2d_backward_workspace(const Conv2d& c, const Conv2dBackward& tensors) {
   int64_t bytes = 0;
-  with_run(c, nullptr, /*counts=*/true, nullptr, [&](auto& run) {
-    const Error error = run.backward(tensors);
-    bytes = run.used();
+  with_passes(c, nullptr, /*counts=*/true, nullptr, [&](auto& passes) {
+    const Error error = passes.backward(tensors);
+    bytes = passes.used();
     return error;
   });
   return bytes;
 }
 Error conv2d_backward(const Conv2d& c, const Conv2dBackward& tensors, void* workspace,
                       Stream stream) {
-  return with_run(c, workspace, /*counts=*/false, stream,
-                  [&](auto& run) { return run.backward(tensors); });
+  return with_passes(c, workspace, /*counts=*/false, stream,
+                     [&](auto& passes) { return passes.backward(tensors); });
 }
 
 }  // namespace dlkernels::cuda

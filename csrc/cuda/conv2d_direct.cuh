@@ -47,34 +47,69 @@ __device__ void load_weights(const Direct& d, const Piece& piece, int channel, i
   }
 }
 
+// What a thread's rows read: one tap after the other, its channels one by one.
+template <class T>
+struct DirectRows {
+  Place places[kDirectRows];     // n < 0: there is no such row
+  const T* images[kDirectRows];  // from the group's first channel on
+  int64_t offsets[kDirectRows];
+  bool inside[kDirectRows];
+
+  __device__ void find(const Direct& d, const Piece& piece, const Rows& tile, int j, int row) {
+    Place& p = places[j] = tile.place(d.pass, row);
+    if (p.n >= tile.images || p.a >= piece.h.count || p.b >= piece.w.count) p.n = -1;
+    images[j] =
+        static_cast<const T*>(d.x.data) + (tile.first_image + p.n) * d.x.sn + piece.group * d.x.sg;
+  }
+  __device__ void move_to(const View& x, const Gather& h, const Gather& w, int th, int tw, int c) {
+#pragma unroll
+    for (int j = 0; j < kDirectRows; ++j) {
+      const int ih = h.input(places[j].a) + th * h.step, iw = w.input(places[j].b) + tw * w.step;
+      inside[j] = places[j].n >= 0 && h.inside(ih) && w.inside(iw);
+      offsets[j] = ih * x.sh + iw * x.sw + c * x.sc;
+    }
+  }
+  __device__ void next(const View& x, float (&values)[kDirectRows]) {
+#pragma unroll
+    for (int j = 0; j < kDirectRows; ++j) {
+      values[j] = inside[j] ? to_float(images[j][offsets[j]]) : 0;
+      offsets[j] += x.sc;
+    }
+  }
+};
+
+// sums += a term's x by its weights, which begin at `weights`.
+__device__ inline void add_term(float (&sums)[kDirectRows][kDirectChannels],
+                                const float (&x)[kDirectRows], const float* weights) {
+  constexpr int kSize = Pack<float>::kSize;
+#pragma unroll
+  for (int p = 0; p < kDirectChannels / kSize; ++p) {
+    const Pack<float> weight = reinterpret_cast<const Pack<float>*>(weights)[p];
+#pragma unroll
+    for (int q = 0; q < kSize; ++q)
+#pragma unroll
+      for (int j = 0; j < kDirectRows; ++j) sums[j][p * kSize + q] += x[j] * weight.values[q];
+  }
+}
+
 // A block: a tile of rows by a tile of channels; a thread: kDirectRows by kDirectChannels of it.
 // The rows are a window where the pass pools.
 template <class T, bool kPool>
 __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const __grid_constant__ Direct d) {
   float* const weights = reinterpret_cast<float*>(shared_memory());
-  const int channel_lane =
-      d.channels_last ? threadIdx.x % d.lanes : threadIdx.x / (kDirectThreads / d.lanes);
-  const int row_lane =
-      d.channels_last ? threadIdx.x / d.lanes : threadIdx.x % (kDirectThreads / d.lanes);
+  const int thread = threadIdx.x, row_lanes = kDirectThreads / d.lanes;
+  const int channel_lane = d.channels_last ? thread % d.lanes : thread / row_lanes;
+  const int row_lane = d.channels_last ? thread / d.lanes : thread % row_lanes;
   const Piece piece(d.pass, d.channel_tiles, blockIdx.x, d.pass.gradient);
   const Gather &h = piece.h, &w = piece.w;
-  const int channel_tile = piece.channel_tile * d.lanes * kDirectChannels;
+  const int width = d.lanes * kDirectChannels, channel_tile = piece.channel_tile * width;
   const Rows tile(d.pass, piece.row_tile * d.tile_rows());
-
-  const T* images[kDirectRows];  // the row's image, from the group's first channel on
-  Place places[kDirectRows];
+  DirectRows<T> rows;
 #pragma unroll
-  for (int j = 0; j < kDirectRows; ++j) {
-    const int row = kPool ? row_lane * kDirectRows + j : j * (kDirectThreads / d.lanes) + row_lane;
-    Place& p = places[j] = tile.place(d.pass, row);
-    if (p.n >= tile.images || p.a >= h.count || p.b >= w.count) p.n = -1;
-    images[j] =
-        static_cast<const T*>(d.x.data) + (tile.first_image + p.n) * d.x.sn + piece.group * d.x.sg;
-  }
+  for (int j = 0; j < kDirectRows; ++j)
+    rows.find(d, piece, tile, j, kPool ? row_lane * kDirectRows + j : j * row_lanes + row_lane);
 
   float sums[kDirectRows][kDirectChannels] = {};
-  int64_t offsets[kDirectRows];
-  bool inside[kDirectRows];
   int c = 0, th = 0, tw = 0;
   const int terms = h.taps * w.taps * d.pass.summed;
   for (int begin = 0; begin < terms; begin += kDirectTerms) {
@@ -83,33 +118,10 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const __grid_con
     load_weights<T>(d, piece, channel_tile, begin, n, weights);
     __syncthreads();
     for (int i = 0; i < n; ++i) {
-      if (i == 0 || c == 0) {
-#pragma unroll
-        for (int j = 0; j < kDirectRows; ++j) {
-          const int ih = h.input(places[j].a) + th * h.step,
-                    iw = w.input(places[j].b) + tw * w.step;
-          inside[j] = places[j].n >= 0 && h.inside(ih) && w.inside(iw);
-          offsets[j] = ih * d.x.sh + iw * d.x.sw + c * d.x.sc;
-        }
-      }
+      if (i == 0 || c == 0) rows.move_to(d.x, h, w, th, tw, c);
       float x[kDirectRows];
-#pragma unroll
-      for (int j = 0; j < kDirectRows; ++j) {
-        x[j] = inside[j] ? to_float(images[j][offsets[j]]) : 0;
-        offsets[j] += d.x.sc;
-      }
-      const Pack<float>* const of_term =
-          reinterpret_cast<const Pack<float>*>(weights) +
-          (i * d.lanes + channel_lane) * (kDirectChannels / Pack<float>::kSize);
-#pragma unroll
-      for (int p = 0; p < kDirectChannels / Pack<float>::kSize; ++p) {
-        const Pack<float> weight = of_term[p];
-#pragma unroll
-        for (int q = 0; q < Pack<float>::kSize; ++q)
-#pragma unroll
-          for (int j = 0; j < kDirectRows; ++j)
-            sums[j][p * Pack<float>::kSize + q] += x[j] * weight.values[q];
-      }
+      rows.next(d.x, x);
+      add_term(sums, x, weights + i * width + channel_lane * kDirectChannels);
       if (++c == d.pass.summed) {
         c = 0;
         if (++tw == w.taps) tw = 0, ++th;
@@ -121,14 +133,15 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const __grid_con
   const int n = min(d.pass.written - first, kDirectChannels);
   if (n <= 0) return;
   if constexpr (kPool) {
-    if (places[0].n >= 0)
-      d.finish.put_window<T>(d.pass, piece, tile.first_image + places[0].n, places[0], first, n,
-                             sums);
+    if (rows.places[0].n >= 0)
+      d.finish.put_window<T>(d.pass, piece, tile.first_image + rows.places[0].n, rows.places[0],
+                             first, n, sums);
   } else {
 #pragma unroll
     for (int j = 0; j < kDirectRows; ++j)
-      if (places[j].n >= 0)
-        d.finish.put<T>(piece, tile.first_image + places[j].n, places[j], first, n, sums[j]);
+      if (rows.places[j].n >= 0)
+        d.finish.put<T>(piece, tile.first_image + rows.places[j].n, rows.places[j], first, n,
+                        sums[j]);
   }
 }
 

@@ -76,15 +76,15 @@ Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, con
                               "cross_entropy_backward: tensors must be dense float32, got grad_y ",
                               grad_y.scalar_type(), " and grad ", grad.scalar_type());
   TORCH_CHECK(grad.dim() > 0, "cross_entropy_backward: grad must be (C) or (N, C, ...), got ()");
-  const c10::SymDimVector rows = row_sizes(grad);
+  const c10::SymDimVector row_dims = row_sizes(grad);
+  const c10::SymIntArrayRef rows = row_dims;
   TORCH_CHECK(grad_y.dim() == 0 || grad_y.sym_sizes() == rows,
-              "cross_entropy_backward: grad_y must be () or ", c10::SymIntArrayRef(rows), ", got ",
-              grad_y.sym_sizes());
+              "cross_entropy_backward: grad_y must be () or ", rows, ", got ", grad_y.sym_sizes());
   TORCH_CHECK(gives_probabilities(grad, target) ||
                   (target.layout() == at::kStrided && target.sym_sizes() == rows &&
                    (target.scalar_type() == at::kLong || target.scalar_type() == at::kByte)),
-              "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ",
-              c10::SymIntArrayRef(rows), ", got ", target.scalar_type(), " ", target.sym_sizes());
+              "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ", rows,
+              ", got ", target.scalar_type(), " ", target.sym_sizes());
   return at::empty_symint(grad.sym_sizes(), grad.options());
 }
 

@@ -65,8 +65,8 @@ inline Tensor new_loss(const Args& a) {
     TORCH_CHECK_VALUE(sizes.size() == 1 || sizes[0] == target_sizes[0],
                       "cross_entropy: target's batch size must be ", sizes[0], " (input is ", sizes,
                       "), got ", target_sizes);
-    TORCH_CHECK(target_sizes == rows, "cross_entropy: target must be ", c10::SymIntArrayRef(rows),
-                " (input is ", sizes, "), got ", target_sizes);
+    TORCH_CHECK(target_sizes == c10::SymIntArrayRef(rows), "cross_entropy: target must be ",
+                c10::SymIntArrayRef(rows), " (input is ", sizes, "), got ", target_sizes);
   }
   TORCH_CHECK(!a.weight || a.weight->sym_size(0) == classes(a.input),
               "cross_entropy: weight must be (", classes(a.input), ") (input is ", sizes, "), got ",

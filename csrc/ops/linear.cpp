@@ -95,8 +95,9 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
               "), got ", weight->sym_sizes());
   if (weight) sizes.back() = weight->sym_size(1);
   if (input && !weight && input->dim() >= 1) sizes.back() = input->sym_size(-1);
-  TORCH_CHECK(!input || input->sym_sizes() == sizes, "linear_backward: input must be ",
-              c10::SymIntArrayRef(sizes), ", got ", input->sym_sizes());
+  TORCH_CHECK(!input || input->sym_sizes() == c10::SymIntArrayRef(sizes),
+              "linear_backward: input must be ", c10::SymIntArrayRef(sizes), ", got ",
+              input->sym_sizes());
   return {mask[0] ? at::empty_symint(sizes, grad_y.options()) : Tensor(),
           mask[1] ? at::empty_symint({N, sizes.back()}, grad_y.options()) : Tensor(),
           mask[2] ? at::empty_symint({N}, grad_y.options()) : Tensor()};

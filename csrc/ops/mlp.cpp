@@ -102,8 +102,8 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
     TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp_backward: weights[", i,
                 "] must be (N, ", sizes.back(), "), got ", w.sym_sizes());
     sizes.back() = w.sym_size(0);
-    TORCH_CHECK(y.sym_sizes() == sizes, "mlp_backward: layer ", i, "'s output must be ",
-                c10::SymIntArrayRef(sizes), ", got ", y.sym_sizes());
+    TORCH_CHECK(y.sym_sizes() == c10::SymIntArrayRef(sizes), "mlp_backward: layer ", i,
+                "'s output must be ", c10::SymIntArrayRef(sizes), ", got ", y.sym_sizes());
     grads.push_back(at::empty_symint(w.sym_sizes(), input.options()));
   }
   if (grad_biases)

@@ -282,6 +282,28 @@ const CudaTest rows_test("rows of huge tensors", [] {
   return wrong;
 });
 
+// First layers and depthwise ones are direct, but for large windows; all else is for tensor cores.
+const CudaTest way_test("which way", [] {
+  struct Layer {
+    int64_t N, C, K, size, taps, stride, pad, groups;
+    bool gemm;
+  };
+  const Layer layers[] = {
+      {64, 1, 32, 28, 3, 1, 1, 1, false},      {64, 3, 64, 224, 7, 2, 3, 1, true},
+      {64, 32, 64, 14, 3, 1, 1, 1, true},      {32, 256, 64, 28, 1, 1, 0, 1, true},
+      {32, 512, 512, 14, 3, 1, 1, 512, false}, {32, 256, 512, 28, 3, 2, 1, 1, true},
+  };
+  int wrong = 0;
+  for (const Layer& l : layers)
+    for (const cuda::DType dtype : {cuda::DType::kFloat32, cuda::DType::kBFloat16}) {
+      const ConvAxis a = axis(l.size, l.taps, l.stride, l.pad);
+      const Conv2d c = {dtype, l.N, l.C, l.K, l.groups, a, a, true, true, /*allow_tf32=*/true};
+      wrong += cuda::by_gemm(c, cuda::estimate(c, /*gradient=*/false)) != l.gemm;
+      if (l.gemm) wrong += !cuda::by_gemm(c, cuda::estimate_weight(c));
+    }
+  return wrong;
+});
+
 const CudaTest window_test("the maximum of a window", [] {
   struct Window {
     float z[4];

@@ -22,7 +22,7 @@ double gemm_rate(const Conv2d& c) {  // multiply-adds
   if (c.dtype != DType::kFloat32) return 150e12;
   return c.allow_tf32 ? 75e12 : 25e12;
 }
-constexpr double kDirectRate = 12e12, kDirectWeightRate = 0.5e12, kPackRate = 1e12, kLaunch = 3e-6;
+constexpr double kDirectRate = 8e12, kDirectWeightRate = 0.5e12, kPackRate = 2e12, kLaunch = 3e-6;
 
 // A pass from `summed` channels a group to `written`. Of a strided gradient, each row meets its
 // share of the taps.
@@ -32,11 +32,14 @@ Estimate estimate(const Conv2d& c, bool gradient) {
   const double inputs = static_cast<double>(c.N * c.h.in) * static_cast<double>(c.w.in);
   const double outputs = static_cast<double>(c.N * c.h.out) * static_cast<double>(c.w.out);
   const double products = outputs * static_cast<double>(taps(c) * c.groups);
-  const double padded = static_cast<double>(round_up(summed, run_size(c)));
-  const double bytes = (gradient ? outputs : inputs) * padded * static_cast<double>(c.groups) * 8;
+  const int64_t run = run_size(c);
+  const auto padded = static_cast<double>(round_up(summed, run));
+  const bool packs = !c.channels_last || summed % run != 0;  // a read and a write of 16 bytes a run
+  const double runs = (gradient ? outputs : inputs) * padded * static_cast<double>(c.groups) / run;
+  const double packing = packs ? runs * 2 * 16 / kPackRate : 0;
   return {products * static_cast<double>(round_up(written, 8) * summed) / kDirectRate + kLaunch,
-          products * static_cast<double>(round_up(written, 64)) * padded / gemm_rate(c) +
-              bytes / kPackRate + 3 * kLaunch};
+          products * static_cast<double>(round_up(written, 64)) * padded / gemm_rate(c) + packing +
+              3 * kLaunch};
 }
 Estimate estimate_weight(const Conv2d& c) {
   const double rows = static_cast<double>(c.N * c.h.out) * static_cast<double>(c.w.out);

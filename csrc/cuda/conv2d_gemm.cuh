@@ -83,25 +83,24 @@ struct GradientWeights {
 
   const T* weight;  // of the group
   const Piece& piece;
-  int taps_w, summed, padded;
-  int64_t of_output, size;  // weights an o; lines
-  Divisor by_summed;        // padded
+  int taps_w, summed, padded, of_output, size;  // of_output: weights an o; size: lines
+  Divisor by_summed;                            // padded
 
-  using Line = const T*;
+  using Line = int;  // where it begins, -1 where there is none
   using At = int;
 
   __device__ Line line(int64_t i) const {
     const int tap = by_summed.quotient(static_cast<int>(i));
     const int o = by_summed.remainder(static_cast<int>(i), tap);
-    if (i >= size || o >= summed) return nullptr;
+    if (i >= size || o >= summed) return -1;
     const int th = piece.w.by_taps.quotient(tap), tw = piece.w.by_taps.remainder(tap, th);
     const int h = piece.h.tap + th * piece.h.tap_step, w = piece.w.tap + tw * piece.w.tap_step;
-    return weight + o * of_output + int64_t{h * taps_w + w} * padded;
+    return o * of_output + (h * taps_w + w) * padded;
   }
   __device__ At at(int64_t j) const { return static_cast<int>(j); }
   __device__ Run<T> run(Line line, At at) const {
-    if (!line || at >= padded) return {weight, 0};
-    return {line + at, Pack<T>::kSize};
+    if (line < 0 || at >= padded) return {weight, 0};
+    return {weight + (line + at), Pack<T>::kSize};
   }
 };
 
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                                   g.pass.w.taps,
                                   g.pass.summed,
                                   static_cast<int>(g.padded_C),
-                                  of_output,
+                                  static_cast<int>(of_output),
                                   a.numbers,
                                   g.by_summed};
     multiply_tile<Tile, kMath>(acc, a, b, 0, n0, 0, steps, false);

@@ -415,7 +415,10 @@ void multiply_add_on_cpu(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
       sums[i] += static_cast<double>(x) * y;
     }
   }
-  for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
+  for (int i = 0; i < 4; ++i) {  // rounded toward zero, as tensor cores do
+    c[i] = static_cast<float>(sums[i]);
+    if (std::fabs(c[i]) > std::fabs(sums[i])) c[i] = std::nextafter(c[i], 0.0f);
+  }
 }
 
 template <class T>

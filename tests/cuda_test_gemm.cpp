@@ -79,11 +79,11 @@ int wrong_product(const Case& c) {
     }
   }
   if (wrong)
-    std::printf(
-        "  %zu bytes, %ldx%ldx%ld inner %d %d relu %d masked %d tf32 %d pad %d shift %d "
-        "large %d splits %d: %d\n",
-        sizeof(T), c.M, c.N, c.K, c.a_inner, c.b_inner, c.relu, c.masked, c.tf32, c.pad, c.shift,
-        c.plan.large, c.plan.splits, wrong);
+    std::fprintf(stderr,
+                 "  %zu bytes, %ldx%ldx%ld inner %d %d relu %d masked %d tf32 %d pad %d shift %d "
+                 "large %d splits %d: %d\n",
+                 sizeof(T), c.M, c.N, c.K, c.a_inner, c.b_inner, c.relu, c.masked, c.tf32, c.pad,
+                 c.shift, c.plan.large, c.plan.splits, wrong);
   return wrong;
 }
 

@@ -254,9 +254,9 @@ template <class T, Math kMath>
 using NarrowTile =
     std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, kSlow<T, kMath> ? 1 : 2>,
                        Tile<128, 64, 64, 32, 4, 2>>;
-template <class T>
-using WideTile =
-    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
+template <class T, bool kGradient>
+using WideTile = std::conditional_t<sizeof(T) == 4 || kGradient, Tile<128, 128, 64, 32, 3, 1>,
+                                    Tile<128, 128, 64, 64, 3, 2>>;
 using WeightTile = Tile<64, 64, 32, 32, 4, 2>;
 
 // f(the math that a float32 product may take): for narrow types there is one.
@@ -267,21 +267,25 @@ Error with_math(bool allow_tf32, const F& f) {
   return f(std::integral_constant<Math, Math::kExact>());
 }
 
-template <class T>
-Error gemm_pass(GemmPass g, bool allow_tf32, Stream stream) {
+template <class T, bool kGradient>
+Error gemm_pass_of(GemmPass& g, bool allow_tf32, Stream stream) {
   return with_math<T>(allow_tf32, [&](auto math) {
     const auto run = [&]<class Tile>(Tile) {
       g.channel_tiles = static_cast<int>(ceil_div(g.pass.written, Tile::kN));
       const int64_t tiles =
           ceil_div(g.pass.rows(), Tile::kM) * g.pass.gathers() * g.pass.groups * g.channel_tiles;
-      return launch(g.pass.gradient ? gemm_pass_kernel<Tile, math(), true, T>
-                                    : gemm_pass_kernel<Tile, math(), false, T>,
-                    static_cast<unsigned>(tiles), Tile::kThreads, Tile::kShared, stream, g);
+      return launch(gemm_pass_kernel<Tile, math(), kGradient, T>, static_cast<unsigned>(tiles),
+                    Tile::kThreads, Tile::kShared, stream, g);
     };
     if constexpr (!kSlow<T, math()>)
-      if (g.pass.written > 64) return run(WideTile<T>());
+      if (g.pass.written > 64) return run(WideTile<T, kGradient>());
     return run(NarrowTile<T, math()>());
   });
+}
+template <class T>
+Error gemm_pass(GemmPass g, bool allow_tf32, Stream stream) {
+  return g.pass.gradient ? gemm_pass_of<T, true>(g, allow_tf32, stream)
+                         : gemm_pass_of<T, false>(g, allow_tf32, stream);
 }
 
 // How many blocks a sum over the rows takes, if they are not cut.
@@ -303,7 +307,7 @@ Error gemm_weight(GemmWeight g, bool allow_tf32, Stream stream) {
                     Tile::kThreads, Tile::kShared, stream, g);
     };
     if constexpr (!kSlow<T, math()>)
-      if (g.pass.written > 64) return run(WideTile<T>());
+      if (g.pass.written > 64) return run(WideTile<T, false>());
     return run(WeightTile());
   });
 }

@@ -1,6 +1,9 @@
-// A product of matrices, C (M, N) = A (M, K) * B (N, K)^T, by tiles on tensor cores (tile.cuh):
-// which tiles, the kernel, and what becomes of C.
+// A product of matrices, C (M, N) = A (M, K) * B (N, K)^T, by tiles on tensor cores: the kernel,
+// and what becomes of C.
 #pragma once
+#include <type_traits>
+
+#include "plan.cuh"
 #include "tile.cuh"
 
 namespace dlkernels::cuda {
@@ -46,71 +49,6 @@ struct Output {
   }
 };
 
-// ---- which tiles ------------------------------------------------------------------------------
-
-using SmallTile = Tile<64, 64, 32, 32, 4, 3>;
-// A warp's 64x64 halves what narrow operands ask of shared memory, which binds them; split float32
-// operands leave the registers for 64x32, and for one block.
-template <class T>
-using LargeTile =
-    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
-
-// Sums over K may be cut into `splits`, each by other blocks into memory of its own.
-struct Plan {
-  bool large;
-  int splits;
-};
-
-// The fastest by a simple model of a device's clock cycles: `rate` is multiply-adds a cycle of a
-// multiprocessor, and `step` the numbers of K a step.
-inline Plan choose(int64_t M, int64_t N, int64_t K, double rate, int step, int sms) {
-  constexpr double kStep = 350, kBlock = 1500;     // what a step and a block take at least
-  constexpr double kSecond = 4000, kBytes = 1500;  // a second kernel; bytes a cycle to and fro
-  constexpr int64_t kLeastSteps = 3, kMostSplits = 64;
-  const int64_t steps = ceil_div(K, step);
-  Plan best = {false, 1};
-  double least = 1e300;
-  for (const bool large : {false, true}) {
-    const int64_t side = large ? 128 : 64;
-    const double tiles = static_cast<double>(ceil_div(M, side)) * ceil_div(N, side);
-    const double cycles = side * side * step / rate;  // of a step alone on its multiprocessor
-    for (int64_t splits = 1; splits <= kMostSplits && splits * kLeastSteps <= steps + 2; ++splits) {
-      if (splits > 1 && tiles * (splits - 1) >= 2.0 * sms) break;
-      const double waves = std::ceil(tiles * splits / sms);
-      double time = std::max(waves * cycles, kStep) * ceil_div(steps, splits) + kBlock;
-      if (splits > 1) time += kSecond + 8.0 * M * N * splits / kBytes;
-      if (time < least) least = time, best = {large, static_cast<int>(splits)};
-    }
-  }
-  return best;
-}
-
-// What lies in workspace where sums are split: rows x cols of C for each split, whole tiles, then
-// the sums of A's rows.
-struct Parts {
-  float* data;
-  int64_t rows, cols;
-  int splits;
-
-  __host__ __device__ float* c(int split) const { return data + split * rows * cols; }
-  __host__ __device__ float* row_sums(int split) const { return c(splits) + split * rows; }
-  int64_t bytes() const { return (c(splits) - data + splits * rows) * sizeof(float); }
-};
-
-struct TileGrid {
-  unsigned tiles_m, tiles_n;
-
-  // Tiles of eight rows of tiles come after each other column by column: those that run at a time
-  // read few rows of A and of B.
-  __host__ __device__ void find(unsigned i, unsigned& tile_m, unsigned& tile_n) const {
-    const unsigned group = tiles_m < 8 ? tiles_m : 8, of_group = group * tiles_n;
-    const unsigned first = i / of_group * group;
-    const unsigned rows = tiles_m - first < group ? tiles_m - first : group;
-    tile_m = first + i % of_group % rows;
-    tile_n = i % of_group / rows;
-  }
-};
-
 // ---- the kernel -------------------------------------------------------------------------------
 
 // What a thread holds of its warp's part of C, in the places of multiply_add_16x8x16's c, and of
@@ -134,7 +72,8 @@ template <Math kMath, class T, class Acc, class A, class B>
 __device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsigned char* a_tile,
                                               const B& b, const unsigned char* b_tile, bool sums) {
   // Unrolled further, exact float32 would need more registers than there are.
-  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 && kMath == Math::kExact ? 2 : 4;
+  constexpr bool kExactFloat = sizeof(T) == 4 && kMath == Math::kExact;
+  [[maybe_unused]] constexpr int kUnroll = !kExactFloat ? 4 : Acc::kI * Acc::kJ > 8 ? 1 : 2;
 #pragma unroll kUnroll
   for (int part = 0; part < 4; ++part) {
     uint32_t columns[Acc::kJ][2];
@@ -308,15 +247,12 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(const Parts parts, const
 
 // ---- launches ---------------------------------------------------------------------------------
 
-// The parts of a plan; they need workspace only if it splits.
-inline Parts parts_of(const Plan& plan, int64_t M, int64_t N, void* workspace) {
-  const int64_t side = plan.large ? 128 : 64;
-  return {static_cast<float*>(workspace), ceil_div(M, side) * side,
-          ceil_div(N > 0 ? N : 1, side) * side, plan.splits};
-}
-inline int64_t workspace_bytes(const Plan& plan, int64_t M, int64_t N) {
-  return plan.splits > 1 ? parts_of(plan, M, N, nullptr).bytes() : 0;
-}
+using SmallTile = Tile<64, 64, 32, 32, 4, 3>;
+// A warp's 64x64 halves what narrow operands ask of shared memory, which binds them; split float32
+// operands leave the registers for 64x32, and for one block.
+template <class T>
+using LargeTile =
+    std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;
 
 template <class Tile, Math kMath, class A, class B, class T>
 Error multiply_by(const A& a, const B& b, const Output<T>& out, int64_t K, const Parts& parts,

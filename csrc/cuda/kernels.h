@@ -82,13 +82,13 @@ struct Matrix {
 // Fastest where data and lines are aligned to 16 bytes. float32 is as exact as float32's own
 // arithmetic, or with allow_tf32 a product of numbers cut to 10 bits of mantissa.
 struct Product {
-  DType dtype;  // of all
-  int64_t M, N, K;
-  Matrix a, b;
-  void* c;
-  const void *bias, *mask;
-  void* row_sums;
-  bool relu, allow_tf32;
+  DType dtype = {};  // of all
+  int64_t M = 0, N = 0, K = 0;
+  Matrix a = {}, b = {};
+  void* c = nullptr;
+  const void *bias = nullptr, *mask = nullptr;
+  void* row_sums = nullptr;
+  bool relu = false, allow_tf32 = false;
 };
 int64_t gemm_workspace(const Product& product);  // bytes, on the current device; aligned to 16
 Error gemm(const Product& product, void* workspace, Stream stream);

@@ -64,9 +64,18 @@ template <bool kLower>
 void autocast_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const at::ScalarType type = kLower ? at::autocast::get_autocast_dtype(at::kCUDA) : at::kFloat;
-  for (auto value = stack->end() - op.schema().arguments().size(); value != stack->end(); ++value)
-    if (value->isTensor())
-      *value = at::autocast::cached_cast(type, value->toTensor(), c10::DeviceType::CUDA);
+  const auto cast = [&](const Tensor& t) {
+    return at::autocast::cached_cast(type, t, c10::DeviceType::CUDA);
+  };
+  for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
+    at::IValue& value = (*stack)[i];
+    if (value.isTensor()) value = cast(value.toTensor());
+    if (value.isTensorList()) {
+      std::vector<Tensor> tensors = value.toTensorVector();
+      for (Tensor& t : tensors) t = cast(t);
+      value = std::move(tensors);
+    }
+  }
   op.callBoxed(stack);
 }
 

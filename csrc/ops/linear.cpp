@@ -1,5 +1,5 @@
-// linear and linear_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/gemm.inl.h and
-// cpu/dot.inl.h.
+// linear and linear_relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
+// cpu/gemm.inl.h, cpu/dot.inl.h and cuda/gemm.cuh.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -43,14 +43,14 @@ Tensor linear_torch(const Tensor& input, const Tensor& weight, const optional<Te
   return kRelu ? at::relu(y) : y;
 }
 
-// float32, a matrix as weight and a vector as bias. What PyTorch accepts beyond (a weight vector,
-// a bias that broadcasts) is PyTorch's.
+// One dtype of ours, a matrix as weight and a vector as bias. What PyTorch accepts beyond (a weight
+// vector, a bias that broadcasts) is PyTorch's.
 template <bool kRelu>
 bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   check_device(kName<kRelu>, input, weight);
   check_device(kName<kRelu>, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && input.dim() >= 1 &&
-         weight.dim() == 2 &&
+  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
+         same_dtype(input, bias) && input.dim() >= 1 && weight.dim() == 2 &&
          (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1)));
 }
 
@@ -82,9 +82,10 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
               "linear_backward: a gradient of input needs weight, one of weight needs input");
   for (const auto& x : {input, weight, y}) {
     check_device("linear_backward", grad_y, x);
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(x),
-                                "linear_backward: tensors must be dense float32, got grad_y ",
-                                grad_y.scalar_type(), " and ", x ? x->scalar_type() : at::kFloat);
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(x) && same_dtype(grad_y, x),
+                                "linear_backward: tensors must be dense ", kOurDTypes,
+                                ", got grad_y ", grad_y.scalar_type(), " and ",
+                                x ? x->scalar_type() : at::kFloat);
   }
   c10::SymDimVector sizes(grad_y.sym_sizes().begin(), grad_y.sym_sizes().end());
   const c10::SymInt N = sizes.back();
@@ -105,12 +106,14 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
 
 // ---- cpu ----------------------------------------------------------------------------------
 
+Tensor some(const optional<Tensor>& x) { return x ? *x : Tensor(); }
+
 template <bool kRelu>
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
   Tensor y = linear_meta<kRelu>(input, weight, bias);
-  linear_into(y, input, weight, bias ? *bias : Tensor(), kRelu);
+  linear_into(y, input, weight, some(bias), kRelu);
   return y;
 }
 
@@ -119,10 +122,34 @@ Grads linear_backward_cpu(const Tensor& grad_y, const optional<Tensor>& input,
                           std::array<bool, 3> mask) {
   auto [grad_x, grad_weight, grad_bias] = linear_backward_meta(grad_y, input, weight, y, mask);
   linear_backward_stats.kernel_ran();
-  const auto some = [](const optional<Tensor>& x) { return x ? *x : Tensor(); };
   linear_backward_into({grad_x, grad_weight, grad_bias}, grad_y, some(input), some(weight),
                        some(y));
   return {grad_x, grad_weight, grad_bias};
+}
+
+// ---- cuda ---------------------------------------------------------------------------------
+
+template <bool kRelu>
+Tensor linear_cuda(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
+  (kRelu ? linear_relu_stats : linear_stats).kernel_ran();
+  const Tensor y = linear_meta<kRelu>(input, weight, bias);
+  linear_into_cuda(kName<kRelu>, y, input, weight, some(bias), kRelu);
+  return y;
+}
+
+// The ReLU's mask is applied in a pass of its own, 3 numbers of memory for each of grad_y: to read
+// y as well, each product would need half as much shared memory again, which narrow types are bound
+// by, and as much more of L2.
+Grads linear_backward_cuda(const Tensor& grad_y, const optional<Tensor>& input,
+                           const optional<Tensor>& weight, const optional<Tensor>& y,
+                           std::array<bool, 3> mask) {
+  const Grads grads = linear_backward_meta(grad_y, input, weight, y, mask);
+  linear_backward_stats.kernel_ran();
+  constexpr const char* kOp = "linear_backward";
+  const Tensor g = y ? through_relu_cuda(kOp, grad_y, *y) : grad_y;
+  linear_backward_into_cuda(kOp, grads, g, some(input), some(weight), Tensor());
+  return grads;
 }
 
 // ---- gradient -----------------------------------------------------------------------------
@@ -164,8 +191,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
               mask[1] ? at::mm(as_matrix(g).t(), as_matrix(input)) : Tensor(),
               mask[2] ? as_matrix(g).sum(0) : Tensor()};
     }
-    const auto some = [](const Tensor& x) { return x.defined() ? optional(x) : std::nullopt; };
-    auto [gx, gw, gb] = op.call(grads[0], some(input), some(weight), some(y), mask);
+    const auto given = [](const Tensor& x) { return x.defined() ? optional(x) : std::nullopt; };
+    auto [gx, gw, gb] = op.call(grads[0], given(input), given(weight), given(y), mask);
     return {gx, gw, gb};
   }
 };
@@ -189,6 +216,15 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("linear", linear_cpu<false>);
   m.impl("linear_relu", linear_cpu<true>);
   m.impl("linear_backward", linear_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("linear", linear_cuda<false>);
+  m.impl("linear_relu", linear_cuda<true>);
+  m.impl("linear_backward", linear_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  register_autocast_cuda<true>(m, "linear");
+  register_autocast_cuda<true>(m, "linear_relu");
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("linear", linear_meta<false>);

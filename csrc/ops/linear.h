@@ -1,5 +1,10 @@
-// A linear layer, forward and backward, into tensors that are there: what linear and mlp share.
+// A linear layer, forward and backward, into tensors that are there: what linear and mlp share, on
+// the CPU and on CUDA.
 #pragma once
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
 #include "gemm.h"
 
 namespace dlkernels {
@@ -71,6 +76,99 @@ inline void linear_backward_into(const Grads& grads, const Tensor& grad_y, const
     multiply({for_x});
   else if (weight_or_bias)
     multiply({for_weight});
+}
+
+// ---- the same on CUDA ---------------------------------------------------------------------
+
+// (..., K) as a matrix whose rows are lines of memory, copied where it is not; so is 1 x K, and a
+// matrix of one column.
+inline Tensor with_dense_rows(const Tensor& x) {
+  const Tensor rows = x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
+  return rows.stride(1) == 1 || rows.size(1) <= 1 ? rows : rows.contiguous();
+}
+inline cuda::Matrix cuda_matrix(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
+}
+inline cuda::Matrix transposed(const cuda::Matrix& x) { return {x.data, x.col, x.row}; }
+
+// A product of tensors like `x`, whose settings of precision are PyTorch's.
+inline void multiply_cuda(const char* op, const Tensor& x, cuda::Product product) {
+  product.dtype = cuda_dtype(x);
+  product.allow_tf32 =
+      !at::NoTF32Guard::should_disable_tf32() &&
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+          at::Float32Precision::TF32;
+  launch(op, x, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    const int64_t bytes = kernels.gemm_workspace(product);
+    const Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
+    return kernels.gemm(product, workspace.mutable_data_ptr(), stream);
+  });
+}
+
+inline void linear_into_cuda(const char* op, const Tensor& y, const Tensor& input,
+                             const Tensor& weight, const Tensor& bias, bool relu) {
+  if (y.numel() == 0) return;
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const Tensor x = with_dense_rows(input), b = bias.defined() ? bias.contiguous() : bias;
+  const Tensor w = weight.stride(0) == 1 ? weight : with_dense_rows(weight);
+  multiply_cuda(op, y,
+                {.M = y.numel() / N,
+                 .N = N,
+                 .K = K,
+                 .a = cuda_matrix(x),
+                 .b = cuda_matrix(w),
+                 .c = y.mutable_data_ptr(),
+                 .bias = b.defined() ? b.const_data_ptr() : nullptr,
+                 .relu = relu});
+}
+
+// Those gradients that are defined. grad_y has been through y's ReLU; grad_x goes through that of
+// hidden, an output of one, if it is defined.
+inline void linear_backward_into_cuda(const char* op, const Grads& grads, const Tensor& grad_y,
+                                      const Tensor& input, const Tensor& weight,
+                                      const Tensor& hidden) {
+  const auto& [grad_x, grad_weight, grad_bias] = grads;
+  const int64_t N = grad_y.size(-1);
+  if (N == 0) {  // no sum has a term
+    if (grad_x.defined()) grad_x.zero_();
+    return;
+  }
+  const Tensor g = with_dense_rows(grad_y);
+  const int64_t M = g.size(0);
+  if (grad_x.defined()) {
+    const Tensor w = weight.stride(0) == 1 ? weight : with_dense_rows(weight);
+    const Tensor mask = hidden.defined() ? hidden.contiguous() : hidden;
+    multiply_cuda(op, grad_y,
+                  {.M = M,
+                   .N = w.size(1),
+                   .K = N,
+                   .a = cuda_matrix(g),
+                   .b = transposed(cuda_matrix(w)),
+                   .c = grad_x.mutable_data_ptr(),
+                   .mask = mask.defined() ? mask.const_data_ptr() : nullptr});
+  }
+  if (!grad_weight.defined() && !grad_bias.defined()) return;
+  cuda::Product product = {.M = N, .K = M, .a = transposed(cuda_matrix(g))};
+  // The bias gradient is the row sums of the same operand; without a weight's, that is all.
+  if (grad_bias.defined()) product.row_sums = grad_bias.mutable_data_ptr();
+  Tensor x;
+  if (grad_weight.defined()) {
+    x = with_dense_rows(input);
+    product.N = x.size(1);
+    product.c = grad_weight.mutable_data_ptr();
+  }
+  product.b = transposed(cuda_matrix(x.defined() ? x : g));
+  multiply_cuda(op, grad_y, product);
+}
+
+// grad_y through the ReLU whose output is y.
+inline Tensor through_relu_cuda(const char* op, const Tensor& grad_y, const Tensor& y) {
+  const Tensor g = grad_y.contiguous(), mask = y.contiguous(), masked = at::empty_like(g);
+  launch(op, g, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
+    return kernels.relu_backward(cuda_dtype(g), g.const_data_ptr(), mask.const_data_ptr(),
+                                 masked.mutable_data_ptr(), g.numel(), stream);
+  });
+  return masked;
 }
 
 }  // namespace dlkernels

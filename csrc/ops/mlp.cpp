@@ -50,8 +50,12 @@ Tensor mlp_torch(const Tensor& input, at::TensorList weights, at::TensorList bia
 bool ours(const Tensor& input, at::TensorList weights, at::TensorList biases) {
   check_count(weights, biases);
   bool ok = is_ours(input) && input.dim() >= 1;
-  for (const Tensor& w : weights) check_device("mlp", input, w), ok &= is_ours(w) && w.dim() == 2;
-  for (const Tensor& b : biases) check_device("mlp", input, b), ok &= is_ours(b) && b.dim() == 1;
+  const auto one = [&](const Tensor& t, int64_t dim) {
+    check_device("mlp", input, t);
+    ok &= is_ours(t) && same_dtype(input, t) && t.dim() == dim;
+  };
+  for (const Tensor& w : weights) one(w, 2);
+  for (const Tensor& b : biases) one(b, 1);
   for (size_t i = 0; ok && i < biases.size(); ++i)  // one that broadcasts is PyTorch's
     ok = biases[i].sym_size(0) != 1 || weights[i].sym_size(0) == 1;
   return ok;
@@ -96,8 +100,9 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
   if (grad_input) grads.push_back(at::empty_symint(sizes, input.options()));
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor &w = weights[i], &y = i < hidden.size() ? hidden[i] : grad_y;
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(input) && is_ours(w) && is_ours(y),
-                                "mlp_backward: tensors must be dense float32");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        is_ours(input) && is_ours(w) && is_ours(y) && same_dtype(input, w) && same_dtype(input, y),
+        "mlp_backward: tensors must be dense ", kOurDTypes);
     check_device("mlp_backward", input, w), check_device("mlp_backward", input, y);
     TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp_backward: weights[", i,
                 "] must be (N, ", sizes.back(), "), got ", w.sym_sizes());
@@ -114,26 +119,35 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
 
 // ---- cpu ----------------------------------------------------------------------------------
 
-std::vector<Tensor> mlp_forward_cpu(const Tensor& input, at::TensorList weights,
-                                    at::TensorList biases) {
+template <class Layer>
+std::vector<Tensor> forward_by(const Layer& layer, const Tensor& input, at::TensorList weights,
+                               at::TensorList biases) {
   std::vector<Tensor> outputs = mlp_forward_meta(input, weights, biases);
-  TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weights, biases),
-                              "mlp_forward: tensors must be dense float32");
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weights, biases), "mlp_forward: tensors must be dense ",
+                              kOurDTypes);
   mlp_stats.kernel_ran();
   for (size_t i = 0; i < weights.size(); ++i)
-    linear_into(outputs[i], i > 0 ? outputs[i - 1] : input, weights[i],
-                biases.empty() ? Tensor() : biases[i], /*relu=*/i + 1 < weights.size());
+    layer(outputs[i], i > 0 ? outputs[i - 1] : input, weights[i],
+          biases.empty() ? Tensor() : biases[i], /*relu=*/i + 1 < weights.size());
   return outputs;
 }
 
-Tensor mlp_cpu(const Tensor& input, at::TensorList weights, at::TensorList biases) {
-  if (!ours(input, weights, biases)) return mlp_torch(input, weights, biases);
-  return mlp_forward_cpu(input, weights, biases).back();
+std::vector<Tensor> mlp_forward_cpu(const Tensor& input, at::TensorList weights,
+                                    at::TensorList biases) {
+  return forward_by(linear_into, input, weights, biases);
 }
 
-std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_y, const Tensor& input,
-                                     at::TensorList weights, at::TensorList hidden, bool grad_input,
-                                     bool grad_biases) {
+template <MLPForward* kForward>
+Tensor mlp_ours(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  if (!ours(input, weights, biases)) return mlp_torch(input, weights, biases);
+  return kForward(input, weights, biases).back();
+}
+
+// layer(grads, grad_y, x, weight, i) is layer i's backward.
+template <class Layer>
+std::vector<Tensor> backward_by(const Layer& layer, const Tensor& grad_y, const Tensor& input,
+                                at::TensorList weights, at::TensorList hidden, bool grad_input,
+                                bool grad_biases) {
   std::vector<Tensor> grads =
       mlp_backward_meta(grad_y, input, weights, hidden, grad_input, grad_biases);
   mlp_backward_stats.kernel_ran();
@@ -145,11 +159,42 @@ std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_y, const Tensor& input,
     const Tensor grad_x = i > 0        ? at::empty(x.sizes(), x.options())
                           : grad_input ? grads[0]
                                        : Tensor();
-    linear_backward_into({grad_x, grad_weight[i], grad_biases ? grad_weight[layers + i] : Tensor()},
-                         g, x, weights[i], i + 1 < layers ? hidden[i] : Tensor());
+    layer({grad_x, grad_weight[i], grad_biases ? grad_weight[layers + i] : Tensor()}, g, x,
+          weights[i], i);
     g = grad_x;
   }
   return grads;
+}
+
+std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_y, const Tensor& input,
+                                     at::TensorList weights, at::TensorList hidden, bool grad_input,
+                                     bool grad_biases) {
+  const auto layer = [&](const Grads& grads, const Tensor& g, const Tensor& x, const Tensor& weight,
+                         size_t i) {
+    linear_backward_into(grads, g, x, weight, i < hidden.size() ? hidden[i] : Tensor());
+  };
+  return backward_by(layer, grad_y, input, weights, hidden, grad_input, grad_biases);
+}
+
+// ---- cuda ---------------------------------------------------------------------------------
+
+std::vector<Tensor> mlp_forward_cuda(const Tensor& input, at::TensorList weights,
+                                     at::TensorList biases) {
+  const auto layer = [](const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                        bool relu) { linear_into_cuda("mlp", y, x, weight, bias, relu); };
+  return forward_by(layer, input, weights, biases);
+}
+
+// The product that makes a hidden layer's gradient applies its ReLU's mask, too.
+std::vector<Tensor> mlp_backward_cuda(const Tensor& grad_y, const Tensor& input,
+                                      at::TensorList weights, at::TensorList hidden,
+                                      bool grad_input, bool grad_biases) {
+  const auto layer = [&](const Grads& grads, const Tensor& g, const Tensor& x, const Tensor& weight,
+                         size_t i) {
+    linear_backward_into_cuda("mlp_backward", grads, g, x, weight,
+                              i > 0 ? hidden[i - 1] : Tensor());
+  };
+  return backward_by(layer, grad_y, input, weights, hidden, grad_input, grad_biases);
 }
 
 // ---- gradient -----------------------------------------------------------------------------
@@ -217,10 +262,16 @@ const bool torch_paths = (register_torch_path("mlp", mlp_torch), true);
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("mlp", mlp_cpu);
+  m.impl("mlp", mlp_ours<mlp_forward_cpu>);
   m.impl("mlp_forward", mlp_forward_cpu);
   m.impl("mlp_backward", mlp_backward_cpu);
 }
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("mlp", mlp_ours<mlp_forward_cuda>);
+  m.impl("mlp_forward", mlp_forward_cuda);
+  m.impl("mlp_backward", mlp_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) { register_autocast_cuda<true>(m, "mlp"); }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("mlp", mlp_meta);
   m.impl("mlp_forward", mlp_forward_meta);

@@ -42,7 +42,7 @@ bool aligned16(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks for `items` of work, `per_block` of them at a time, where a block strides on to its next
 // items: no more than fill the device a few times over, so that no size is too large for a grid.

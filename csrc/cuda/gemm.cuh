@@ -93,16 +93,15 @@ __device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsign
   }
 }
 
-// C's tile, through shared memory, so that whole rows are read and written.
-template <class Tile, class T, class Acc>
-__device__ __forceinline__ void put_tile(const Acc& acc, const Output<T>& out, const Parts& parts,
-                                         int64_t m0, int64_t n0, int warp_m, int warp_n) {
-  constexpr int kPack = Pack<T>::kSize, kPacks = Tile::kN / kPack;
+// C's tile to shared memory, for every thread to read: row m from m * kStagedRow on.
+template <class Tile, class Acc>
+__device__ __forceinline__ const float* stage_tile(const Acc& acc) {
   struct alignas(8) Pair {
     float values[2];
   };
   float* staged = reinterpret_cast<float*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x), g = thread % kWarp / 4, t = thread % 4;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  const int warp_m = Tile::warp_m(), warp_n = Tile::warp_n();
   __syncthreads();  // the operands have been read
 #pragma unroll
   for (int i = 0; i < Acc::kI; ++i)
@@ -115,6 +114,16 @@ __device__ __forceinline__ void put_tile(const Acc& acc, const Output<T>& out, c
                                  n) = {{acc.c[i][j][2 * half], acc.c[i][j][2 * half + 1]}};
       }
   __syncthreads();
+  return staged;
+}
+
+// From there to where it belongs, so that whole rows are read and written.
+template <class Tile, class T, class Acc>
+__device__ __forceinline__ void put_tile(const Acc& acc, const Output<T>& out, const Parts& parts,
+                                         int64_t m0, int64_t n0) {
+  constexpr int kPack = Pack<T>::kSize, kPacks = Tile::kN / kPack;
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* const staged = stage_tile<Tile>(acc);
   if (parts.splits > 1) {
     float* to = parts.c(blockIdx.z) + m0 * parts.cols + n0;
     for (int i = thread; i < Tile::kM * Tile::kN / 4; i += Tile::kThreads) {
@@ -152,28 +161,17 @@ __device__ __forceinline__ void put_sums(const Acc& acc, const Output<T>& out, c
   }
 }
 
-template <class Tile, Math kMath, class A, class B>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    gemm_kernel(const A a, const B b, const Output<typename A::T> out, const Parts parts,
-                const TileGrid grid, int steps) {
+// Steps [begin, end) of a tile's sums, from rows m0 of A and n0 of B on.
+template <class Tile, Math kMath, class A, class B, class Acc>
+__device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, int64_t m0,
+                                              int64_t n0, int begin, int end, bool sums) {
   using T = typename A::T;
   constexpr int kStep = 128 / sizeof(T), kAhead = Tile::kStages - 1;
   unsigned char* shared = shared_memory();
-  unsigned tile_m, tile_n;
-  grid.find(blockIdx.x, tile_m, tile_n);
-  const int64_t m0 = int64_t{tile_m} * Tile::kM, n0 = int64_t{tile_n} * Tile::kN;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int warp_m = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
-  const int warp_n = warp / (Tile::kM / Tile::kWarpM) * Tile::kWarpN;
-  const bool sums = !A::kKInner && out.row_sums && tile_n == 0 && warp_n == 0;
-
   const Loader<A, Tile::kM, Tile::kThreads> load_a(a, m0);
   const Loader<B, Tile::kN, Tile::kThreads> load_b(b, n0);
-  const Fragments<T, A::kKInner, Tile::kM> rows(warp_m);
-  const Fragments<T, B::kKInner, Tile::kN> columns(warp_n);
-  Accumulators<Tile, !A::kKInner> acc;
-  const int begin = static_cast<int>(int64_t{steps} * blockIdx.z / parts.splits);
-  const int end = static_cast<int>(int64_t{steps} * (blockIdx.z + 1) / parts.splits);
+  const Fragments<T, A::kKInner, Tile::kM> rows(Tile::warp_m());
+  const Fragments<T, B::kKInner, Tile::kN> columns(Tile::warp_n());
   // Loads run kAhead steps before products; so the first steps only load, and the last only
   // multiply. A stage is loaded into after the barrier behind which all have multiplied it.
   int load_to = 0, multiply_from = 0;
@@ -197,9 +195,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   }
   wait_copies<0>();
+}
+
+template <class Tile, Math kMath, class A, class B>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    gemm_kernel(const A a, const B b, const Output<typename A::T> out, const Parts parts,
+                const TileGrid grid, int steps) {
+  unsigned tile_m, tile_n;
+  grid.find(blockIdx.x, tile_m, tile_n);
+  const int64_t m0 = int64_t{tile_m} * Tile::kM, n0 = int64_t{tile_n} * Tile::kN;
+  const bool sums = !A::kKInner && out.row_sums && tile_n == 0 && Tile::warp_n() == 0;
+  Accumulators<Tile, !A::kKInner> acc;
+  const int begin = static_cast<int>(int64_t{steps} * blockIdx.z / parts.splits);
+  const int end = static_cast<int>(int64_t{steps} * (blockIdx.z + 1) / parts.splits);
+  multiply_tile<Tile, kMath>(acc, a, b, m0, n0, begin, end, sums);
   if constexpr (!A::kKInner)
-    if (sums) put_sums<Tile>(acc, out, parts, m0 + warp_m);
-  put_tile<Tile>(acc, out, parts, m0, n0, warp_m, warp_n);
+    if (sums) put_sums<Tile>(acc, out, parts, m0 + Tile::warp_m());
+  put_tile<Tile>(acc, out, parts, m0, n0);
 }
 
 // C and the row sums from their parts, in the order of K: 32 rows of 8 packs a block, which divide

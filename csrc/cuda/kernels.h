@@ -118,6 +118,53 @@ Error adam(DType dtype, const AdamTensor* tensors, int64_t count, const AdamOpti
            float* workspace, Stream stream);
 int64_t adam_workspace(int64_t count);
 
+// ---- convolution ---------------------------------------------------------------------------
+
+// One axis: tap t of output o is input o * stride - pad + t * dilation, 0 where that is outside.
+struct ConvAxis {
+  int64_t in, out, taps, stride, pad, dilation;
+};
+
+// y[n, o, oh, ow] = bias[o] + sum over i, kh, kw of x[n, g * C / groups + i, h, w] * weight[o, i,
+// kh, kw], where g is o's group and h, w are tap kh of oh and tap kw of ow. An axis with its
+// padding and a plane have less than 2^30 elements, as do the weights with C / groups rounded up to
+// eight; there are less than 2^18 channels. Images may be of any size, and any many.
+enum class ConvWay { kFastest, kDirect, kGemm };
+struct Conv2d {
+  DType dtype;  // of all but argmax
+  int64_t N, C, K, groups;
+  ConvAxis h, w;
+  bool channels_last;         // x, y and their gradients: (N, H, W, C), else (N, C, H, W)
+  bool weight_channels_last;  // weight and its gradient: (K, KH, KW, C / groups), else as indexed
+  bool allow_tf32 = false;    // float32 products may round their factors to TF32
+  ConvWay way = ConvWay::kFastest;  // or the one that is tested
+};
+
+// relu: y = max(y, 0), a NaN stays one. With argmax, and then with relu, y (N, K, OH / 2, OW / 2)
+// is the max-pool of that with windows of 2x2: the first maximum or the last NaN; argmax, always
+// (N, OH / 2, OW / 2, K), says which, 2 * row + column, or 255 where it is <= 0. bias and argmax
+// may be null. workspace is aligned to 256 bytes.
+struct Conv2dForward {
+  const void *x, *weight, *bias;
+  void* y;
+  uint8_t* argmax;
+  bool relu;
+};
+int64_t conv2d_workspace(const Conv2d& conv, const Conv2dForward& tensors);  // in bytes
+Error conv2d(const Conv2d& conv, const Conv2dForward& tensors, void* workspace, Stream stream);
+
+// The gradients of sum(y * grad_y). With relu_y, laid out as grad_y, grad_y counts as 0 where
+// relu_y <= 0. With argmax, grad_y is the gradient of the pooled y. Gradients that are null are
+// not computed. Sums over pixels are cut by the shape alone.
+struct Conv2dBackward {
+  const void *grad_y, *relu_y;
+  const uint8_t* argmax;
+  const void *x, *weight;
+  void *grad_x, *grad_weight, *grad_bias;
+};
+int64_t conv2d_backward_workspace(const Conv2d& conv, const Conv2dBackward& tensors);
+Error conv2d_backward(const Conv2d& conv, const Conv2dBackward& tensors, void* workspace,
+                      Stream stream);
 // Numbers at data[i * row + j * col]; one of the strides is 1, or there is only one number along
 // it.
 struct Matrix {
@@ -158,6 +205,10 @@ struct Kernels {
   decltype(cuda::cross_entropy_backward)* cross_entropy_backward;
   decltype(cuda::adam)* adam;
   decltype(cuda::adam_workspace)* adam_workspace;
+  decltype(cuda::conv2d_workspace)* conv2d_workspace;
+  decltype(cuda::conv2d)* conv2d;
+  decltype(cuda::conv2d_backward_workspace)* conv2d_backward_workspace;
+  decltype(cuda::conv2d_backward)* conv2d_backward;
   decltype(cuda::gemm_workspace)* gemm_workspace;
   decltype(cuda::gemm)* gemm;
 };

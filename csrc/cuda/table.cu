@@ -17,6 +17,10 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .cross_entropy_backward = cross_entropy_backward,
       .adam = adam,
       .adam_workspace = adam_workspace,
+      .conv2d_workspace = conv2d_workspace,
+      .conv2d = conv2d,
+      .conv2d_backward_workspace = conv2d_backward_workspace,
+      .conv2d_backward = conv2d_backward,
       .gemm_workspace = gemm_workspace,
       .gemm = gemm,
   };

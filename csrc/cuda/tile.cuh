@@ -22,6 +22,14 @@ struct Tile {
   static constexpr int kStagedRow = kN + 8;            // floats of C in shared memory: 8 rows
   static constexpr int kStaged = kM * kStagedRow * 4;  // of 4 lanes meet no bank twice
   static constexpr int kShared = kStages * kStage > kStaged ? kStages * kStage : kStaged;
+
+  // The part of C that is this thread's warp's.
+  __device__ static int warp_m() {
+    return static_cast<int>(threadIdx.x) / kWarp % (kM / kWarpM) * kWarpM;
+  }
+  __device__ static int warp_n() {
+    return static_cast<int>(threadIdx.x) / kWarp / (kM / kWarpM) * kWarpN;
+  }
 };
 
 // Of 16 bytes in global memory those that are the operand's: from[0, valid). The rest counts as 0.

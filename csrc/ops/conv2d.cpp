@@ -1,4 +1,5 @@
-// conv2d and conv2d_relu: schema, shapes, CPU and gradient. The arithmetic is in cpu/conv2d.inl.h.
+// conv2d and conv2d_relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
+// cpu/conv2d.inl.h and cuda/conv2d.cu.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
@@ -198,13 +199,15 @@ Tensor conv2d_torch(const Tensor& input, const Tensor& weight, const optional<Te
   return kRelu ? at::relu(y) : y;
 }
 
-// float32 and not empty; what PyTorch makes of empty channels is PyTorch's.
+// Not empty: what PyTorch makes of empty channels is PyTorch's.
 template <bool kRelu>
-bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+          SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation) {
   check_device(kName<kRelu>, input, weight);
   check_device(kName<kRelu>, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && input.sym_numel() != 0 &&
-         weight.sym_numel() != 0;
+  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
+         same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
+         fits_cuda(input, weight, stride, padding, dilation);
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
@@ -233,9 +236,13 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
               y ? " and y " : "", y ? y->sym_sizes() : SymIntArrayRef());
   TORCH_CHECK_NOT_IMPLEMENTED(
       is_ours(grad_y) && is_ours(input) && is_ours(weight) && is_ours(y) &&
+          same_dtype(grad_y, input) && same_dtype(grad_y, weight) && same_dtype(grad_y, y) &&
           input.sym_numel() != 0 && weight.sym_numel() != 0,
-      "conv2d_backward: tensors must be dense float32 and not empty, got grad_y ",
+      "conv2d_backward: tensors must be dense ", kOurDTypes, " and not empty, got grad_y ",
       grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  TORCH_CHECK(fits_cuda(input, weight, stride, padding, dilation),
+              "conv2d_backward: tensors must be smaller, got input ", input.sym_sizes(),
+              " and weight ", weight.sym_sizes());
   return new_gradients(input, weight, mask);
 }
 
@@ -245,7 +252,7 @@ template <bool kRelu>
 Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                   SymInt groups) {
-  if (!ours<kRelu>(input, weight, bias))
+  if (!ours<kRelu>(input, weight, bias, stride, padding, dilation))
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
   Tensor y = huge(conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups));
   (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
@@ -271,6 +278,33 @@ Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tenso
   const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
   const cpu::Images images = g.images(gy, g.K, g.OH, g.OW, relu_y);
   gradients(g, images, input, weight, grads);
+  return grads;
+}
+
+// ---- cuda ---------------------------------------------------------------------------------
+
+template <bool kRelu>
+Tensor conv2d_cuda(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                   SymInt groups) {
+  if (!ours<kRelu>(input, weight, bias, stride, padding, dilation))
+    return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  const Tensor y = conv2d_meta<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
+  const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
+  forward_cuda(kName<kRelu>, g, input, weight, bias, g.channels_last, kRelu, y, {});
+  return y;
+}
+
+Grads conv2d_backward_cuda(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                           const optional<Tensor>& y, SymIntArrayRef stride, SymIntArrayRef padding,
+                           SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
+  const Grads grads =
+      conv2d_backward_meta(grad_y, input, weight, y, stride, padding, dilation, groups, mask);
+  conv2d_backward_stats.kernel_ran();
+  const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
+  gradients_cuda("conv2d_backward", g, grad_y, y.value_or(Tensor()), Tensor(), input, weight,
+                 grads);
   return grads;
 }
 
@@ -325,7 +359,7 @@ template <bool kRelu>
 Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                        SymInt groups) {
-  if (!ours<kRelu>(input, weight, bias))
+  if (!ours<kRelu>(input, weight, bias, stride, padding, dilation))
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
   return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
 }
@@ -339,6 +373,15 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("conv2d", conv2d_cpu<false>);
   m.impl("conv2d_relu", conv2d_cpu<true>);
   m.impl("conv2d_backward", conv2d_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("conv2d", conv2d_cuda<false>);
+  m.impl("conv2d_relu", conv2d_cuda<true>);
+  m.impl("conv2d_backward", conv2d_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  register_autocast_cuda<true>(m, "conv2d");
+  register_autocast_cuda<true>(m, "conv2d_relu");
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("conv2d", conv2d_meta<false>);

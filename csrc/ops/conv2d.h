@@ -61,6 +61,26 @@ inline std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& wei
   return sizes;
 }
 
+// Whether the CUDA kernels can count it in 32 bits (what is larger is PyTorch's). True on other
+// devices, and for arguments that output_sizes refuses.
+inline bool fits_cuda(const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
+                      SymIntArrayRef padding, SymIntArrayRef dilation) {
+  if (!input.is_cuda() || input.dim() < 3 || weight.dim() != 4 || padding.size() != 4) return true;
+  constexpr int64_t kMost = int64_t{1} << 30, kMostOfAxis = kMost / 4;
+  bool fits = true;
+  for (const SymIntArrayRef& numbers : {stride, padding, dilation})
+    for (const SymInt& v : numbers) {
+      if (v < 0 || v > INT32_MAX) return true;
+      fits = fits && v < kMostOfAxis;
+    }
+  const SymInt H = input.sym_size(-2) + padding[0] + padding[1];
+  const SymInt W = input.sym_size(-1) + padding[2] + padding[3];
+  const SymInt K = weight.sym_size(0), c = (weight.sym_size(1) + 7) / 8 * 8;
+  return fits && H < kMostOfAxis && W < kMostOfAxis && H * W < kMost && K < 1 << 18 &&
+         input.sym_size(-3) < 1 << 18 && weight.sym_size(2) < kMost && weight.sym_size(3) < kMost &&
+         weight.sym_size(2) * weight.sym_size(3) < kMost / (K + 1) / (c + 1);
+}
+
 inline void check_bias(const char* op, const Tensor& weight, const optional<Tensor>& bias) {
   const SymInt K = weight.sym_size(0);
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->sym_size(0) == K), op, ": bias must be (", K,
@@ -149,6 +169,15 @@ using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
 // New tensors for the gradients of input, weight and bias, as far as the mask wants them.
 Grads new_gradients(const Tensor& input, const Tensor& weight, std::array<bool, 3> mask);
+
+// The same on CUDA: y, or y and argmax of the max-pool, in the layout that is given; and the
+// gradients, where relu_y and argmax may be undefined.
+void forward_cuda(const char* op, const Geometry& g, const Tensor& input, const Tensor& weight,
+                  const optional<Tensor>& bias, bool channels_last, bool relu, const Tensor& y,
+                  const optional<Tensor>& argmax);
+void gradients_cuda(const char* op, const Geometry& g, const Tensor& grad_y, const Tensor& relu_y,
+                    const Tensor& argmax, const Tensor& input, const Tensor& weight,
+                    const Grads& out);
 
 // Fills those that are defined.
 void gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& input,

@@ -1,5 +1,5 @@
-// conv2d_relu_max_pool2d: schema, shapes, CPU and gradient. max_pool2d(relu(conv2d(..)), 2): what
-// is pooled exists in cache alone.
+// conv2d_relu_max_pool2d: schema, shapes, CPU, CUDA and gradient. max_pool2d(relu(conv2d(..)), 2):
+// what is pooled exists in cache alone.
 #include <ATen/core/Tensor.h>
 
 #include "common.h"
@@ -103,11 +103,13 @@ Tensor conv2d_relu_max_pool2d_torch(const Args& args, const Tensor& input, const
   return max_pool2d(conv2d(/*relu=*/true, args, input, weight, bias));
 }
 
-bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+bool ours(const Args& args, const Tensor& input, const Tensor& weight,
+          const optional<Tensor>& bias) {
   check_device(pooling().op, input, weight);
   check_device(pooling().op, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && input.sym_numel() != 0 &&
-         weight.sym_numel() != 0;
+  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
+         same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
+         conv::fits_cuda(input, weight, args.stride, args.padding, args.dilation);
 }
 
 // ---- shapes -------------------------------------------------------------------------------
@@ -146,9 +148,12 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
               op, ": grad_y and argmax must be of the output's size, got grad_y ",
               grad_y.sym_sizes(), " and argmax ", argmax.sym_sizes());
   for (const Tensor& t : {grad_y, input, weight})
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t) && t.sym_numel() != 0, op,
-                                ": tensors must be dense float32 and not empty, got ",
+    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t) && same_dtype(grad_y, t) && t.sym_numel() != 0, op,
+                                ": tensors must be dense ", kOurDTypes, " and not empty, got ",
                                 t.scalar_type(), " of ", t.sym_sizes());
+  TORCH_CHECK(conv::fits_cuda(input, weight, stride, padding, dilation), op,
+              ": tensors must be smaller, got input ", input.sym_sizes(), " and weight ",
+              weight.sym_sizes());
   return conv::new_gradients(input, weight, mask);
 }
 
@@ -156,9 +161,9 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
 
 Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, const Tensor& weight,
                                        const optional<Tensor>& bias) {
-  TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weight, bias), pooling().op,
-                              "_forward: tensors must be dense float32 and not empty, got input ",
-                              input.scalar_type(), ", weight ", weight.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      ours(args, input, weight, bias), pooling().op, "_forward: tensors must be dense ", kOurDTypes,
+      " and not empty, got input ", input.scalar_type(), ", weight ", weight.scalar_type());
   auto [y, argmax] = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
   stats.kernel_ran();
   const conv::Geometry g(input, weight, args.stride, args.padding, args.dilation, args.groups);
@@ -175,7 +180,8 @@ Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, co
 
 Tensor conv2d_relu_max_pool2d_cpu(const Args& args, const Tensor& input, const Tensor& weight,
                                   const optional<Tensor>& bias) {
-  if (!ours(input, weight, bias)) return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
+  if (!ours(args, input, weight, bias))
+    return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
   return std::get<0>(conv2d_relu_max_pool2d_forward_cpu(args, input, weight, bias));
 }
 
@@ -193,6 +199,41 @@ Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& ar
   cpu::Images images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
   images.H = g.OH, images.W = g.OW, images.argmax = elements.const_data_ptr<uint8_t>();
   conv::gradients(g, images, input, weight, out);
+  return out;
+}
+
+// ---- cuda ---------------------------------------------------------------------------------
+
+Two conv2d_relu_max_pool2d_forward_cuda(const Args& args, const Tensor& input, const Tensor& weight,
+                                        const optional<Tensor>& bias) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      ours(args, input, weight, bias), pooling().op, "_forward: tensors must be dense ", kOurDTypes,
+      " and not empty, got input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  auto [y, argmax] = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
+  stats.kernel_ran();
+  const conv::Geometry g(input, weight, args.stride, args.padding, args.dilation, args.groups);
+  const bool channels_last = g.channels_last && input.dim() == 4;  // as y lies
+  conv::forward_cuda(pooling().op, g, input, weight, bias, channels_last, /*relu=*/true, y, argmax);
+  return {y, argmax};
+}
+
+Tensor conv2d_relu_max_pool2d_cuda(const Args& args, const Tensor& input, const Tensor& weight,
+                                   const optional<Tensor>& bias) {
+  if (!ours(args, input, weight, bias))
+    return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
+  return std::get<0>(conv2d_relu_max_pool2d_forward_cuda(args, input, weight, bias));
+}
+
+Grads conv2d_relu_max_pool2d_backward_cuda(const Tensor& grad_y, const Tensor& argmax,
+                                           const Tensor& input, const Tensor& weight,
+                                           SymIntArrayRef stride, SymIntArrayRef padding,
+                                           SymIntArrayRef dilation, SymInt groups,
+                                           std::array<bool, 3> mask) {
+  const Grads out = conv2d_relu_max_pool2d_backward_meta(grad_y, argmax, input, weight, stride,
+                                                         padding, dilation, groups, mask);
+  backward_stats.kernel_ran();
+  const conv::Geometry g(input, weight, stride, padding, dilation, groups);
+  conv::gradients_cuda(pooling().op, g, grad_y, Tensor(), argmax, input, weight, out);
   return out;
 }
 
@@ -255,7 +296,8 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
 Tensor conv2d_relu_max_pool2d_autograd(const Args& args, const Tensor& input, const Tensor& weight,
                                        const optional<Tensor>& bias) {
   static const auto op = find_op<Op<Tensor>>("dlkernels::conv2d_relu_max_pool2d");
-  if (!ours(input, weight, bias)) return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
+  if (!ours(args, input, weight, bias))
+    return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
   const Tensor none, &b = bias ? *bias : none;
   if (any_requires_grad({&input, &weight, &b}))
     return Conv2dReLUMaxPool2dFunction::apply(input, weight, bias, args);
@@ -273,6 +315,14 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_cpu>);
   m.impl("conv2d_relu_max_pool2d_forward", called<Two, conv2d_relu_max_pool2d_forward_cpu>);
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_cuda>);
+  m.impl("conv2d_relu_max_pool2d_forward", called<Two, conv2d_relu_max_pool2d_forward_cuda>);
+  m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  register_autocast_cuda<true>(m, "conv2d_relu_max_pool2d");
 }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_meta>);

@@ -170,7 +170,9 @@ const CudaTest exact_test("gemm: float32 is float32", [] {
       double sum = 0;
       for (int64_t k = 0; k < K; ++k) sum += double{a[m * K + k]} * b[n * K + k];
       const float got = c[m * 8 + n];
-      wrong += std::isinf(sum) ? std::isfinite(got) : !close(got, sum, std::fabs(sum) * 0x1p-22);
+      wrong += std::isinf(sum)
+                   ? std::isfinite(got)
+                   : !close(got, sum, kEps<float> * std::sqrt(double{K}) * std::fabs(sum));
     }
   return wrong;
 });

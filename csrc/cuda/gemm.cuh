@@ -73,7 +73,7 @@ __device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsign
                                               const B& b, const unsigned char* b_tile, bool sums) {
   // Unrolled further, exact float32 would need more registers than there are.
   constexpr bool kExactFloat = sizeof(T) == 4 && kMath == Math::kExact;
-  [[maybe_unused]] constexpr int kUnroll = !kExactFloat ? 4 : Acc::kI * Acc::kJ > 8 ? 1 : 2;
+  [[maybe_unused]] constexpr int kUnroll = kExactFloat ? 1 : 4;
 #pragma unroll kUnroll
   for (int part = 0; part < 4; ++part) {
     uint32_t columns[Acc::kJ][2];

@@ -53,11 +53,14 @@ CASES = {
         lambda x: F.cross_entropy(x, _classes(x)),
         [(37, 70)],
     ),
-    "adam_": (
-        lambda *params: _steps(optim.Adam, params),
-        lambda *params: _steps(torch.optim.Adam, params),
-        [(37, 70), (5,), (1000,)],
-    ),
+    **{
+        f"{name.lower()}_": (
+            lambda *params, name=name: _steps(getattr(optim, name), params),
+            lambda *params, name=name: _steps(getattr(torch.optim, name), params),
+            [(37, 70), (5,), (1000,)],
+        )
+        for name in ("SGD", "Adam", "Adagrad", "Adadelta", "RMSprop")
+    },
 }
 
 

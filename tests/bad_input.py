@@ -187,9 +187,8 @@ def modules():
 
 
 def optimizers():
-    args = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False}
-    args |= {"maximize": False, "foreach": None, "capturable": False, "differentiable": False}
-    args |= {"fused": None}
+    args = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "maximize": False, "foreach": None}
+    args |= {"differentiable": False}
 
     def step(cls):
         def construct_and_step(params, **args):
@@ -201,9 +200,19 @@ def optimizers():
 
         return construct_and_step
 
-    for name in ("Adam", "AdamW"):
+    adam = args | {"betas": (0.9, 0.99), "amsgrad": False, "capturable": False, "fused": None}
+    capturable, momentum = {"capturable": False}, {"momentum": 0.9}
+    for name, options in {
+        "Adam": adam,
+        "AdamW": adam,
+        "SGD": {**args, **momentum, "dampening": 0, "nesterov": True, "fused": None},
+        "Adagrad": {**args, "lr_decay": 0.1, "initial_accumulator_value": 0.1, "fused": None},
+        "Adadelta": {**args, **capturable, "rho": 0.9},
+        "RMSprop": {**args, **capturable, **momentum, "alpha": 0.9, "centered": True},
+    }.items():
         pair = (step(getattr(module, name)) for module in (dlkernels.optim, torch.optim))
-        yield name, *pair, {"params": [t(3, 2), t(2)], **args}
+        options = {k: v for k, v in options.items() if (name, k) != ("SGD", "eps")}
+        yield name, *pair, {"params": [t(3, 2), t(2)], **options}
 
 
 def operators():
@@ -215,7 +224,7 @@ def operators():
     y, argmax = ops.conv2d_relu_max_pool2d_forward(image, kernel, None, *conv)
     pooled, byte = ops.max_pool2d_forward(image, w8, False)
     classes = torch.tensor([0, 2, 1, 0])
-    lists = [[torch.rand(3, 2)] for _ in range(4)]
+    lists, step = [[torch.rand(3, 2)] for _ in range(4)], [torch.ones(())]
     hidden = [torch.rand(4, 3)]
     good = {
         "linear": [x, w, b],
@@ -240,7 +249,11 @@ def operators():
         "cross_entropy": [g, classes, b, 1, -100, 0.1],
         "cross_entropy_forward": [g, classes, b, 1, -100, 0.1],
         "cross_entropy_backward": [torch.ones(()), g, classes, -100],
-        "adam_": [*lists, [torch.ones(())], 0.1, 0.9, 0.9, 0.1, 1e-8, False, False, None, None],
+        "adam_": [*lists, step, 0.1, 0.9, 0.9, 0.1, 1e-8, False, False, None, None],
+        "sgd_": [*lists[:3], 0.1, 0.9, 0.1, 0.1, True, False, False, None, None],
+        "adagrad_": [*lists[:3], step, 0.1, 0.1, 0.1, 1e-8, False, None, None],
+        "adadelta_": [*lists, step, 0.1, 0.9, 1e-8, 0.1, False, None, None],
+        "rmsprop_": [*lists, lists[0], step, 0.1, 0.9, 1e-8, 0.1, 0.9, True, False, None, None],
     }
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "dlkernels::" in n}
     assert {n.split(".")[0] for n in names} == set(good), "an op without its line here"

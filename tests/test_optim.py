@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common import calls
-from optimizers import FLOAT32, PAIRS, assert_same, full, pair, train
+from optim_table import FLOAT32, PAIRS, assert_same, full, pair, train
 
 ADAM = [
     {},

@@ -8,7 +8,7 @@ from torch import nn
 
 import dlkernels
 from common import calls
-from optimizers import FLOAT32, PAIRS, assert_same, full, pair, tensor_list, train
+from optim_table import FLOAT32, PAIRS, assert_same, full, pair, tensor_list, train
 
 
 class Counted(torch.Tensor):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import calls
-from optimizers import RMSPROP, SGD, flat, ops
+from optim_table import RMSPROP, SGD, flat, ops
 
 
 @ops

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common import calls
-from optimizers import PAIRS, full, pair
+from optim_table import PAIRS, full, pair
 
 
 def model_and_data():

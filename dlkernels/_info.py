@@ -42,14 +42,17 @@ def kernels():
     """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
     others = "left to PyTorch's own op: our kernels for the {} are for {}".format
     on_cpu = others("CPU", "float32")
-    on_cuda = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
-    narrow = _cuda.REASON or "yes"
-    devices = {
-        "cpu": {"float32": "yes", "bfloat16": on_cpu, "float16": on_cpu, "float64": on_cpu},
-        "cuda": {"float32": narrow, "bfloat16": narrow, "float16": narrow, "float64": on_cuda},
-    }
+    cpu = {"float32": "yes", "bfloat16": on_cpu, "float16": on_cpu, "float64": on_cpu}
+
+    def cuda(op):
+        ours = _cuda.REASON or "yes"
+        if op.endswith("_") and op != "adam_":
+            ours = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
+        wide = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
+        return {"float32": ours, "bfloat16": ours, "float16": ours, "float64": wide}
+
     ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
-    return {op: {device: dict(dtypes) for device, dtypes in devices.items()} for op in ops}
+    return {op: {"cpu": dict(cpu), "cuda": cuda(op)} for op in ops}
 
 
 def _summary(kernels):

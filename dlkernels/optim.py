@@ -113,7 +113,7 @@ class SGD(_Optimizer, torch.optim.SGD):
             found_inf = getattr(self, "found_inf", None)
             if new and not (found_inf is not None and found_inf.item()):
                 for p in new:
-                    self.state[p]["momentum_buffer"] = p.grad.detach().clone()  # its strides
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                 split.append((new, keys, [*scalars[:-1], True]))
         return split
 

@@ -62,7 +62,7 @@ def bench(parser, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("dlkernels", description="Fast CPU and CUDA kernels for PyTorch.")
+    parser = argparse.ArgumentParser("dlkernels", description="Fast kernels for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     info_parser = commands.add_parser("info", help="say what this build is and what it runs on")

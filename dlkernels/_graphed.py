@@ -9,8 +9,9 @@ def graphed(model, loss, optimizer, sample):
 
     The step is ``optimizer.zero_grad(); loss(model(input), target).backward(); optimizer.step()``.
     Capturing it changes neither the model nor the optimizer's state: what the warm-up did is
-    undone. The optimizer is made ``capturable``, and a learning rate that is a float becomes a
-    tensor on the device, which learning rate schedulers fill. On the CPU the step runs as it is.
+    undone. The optimizer is made ``capturable``. When a learning rate has changed, the step is
+    captured again; one that changes at every step is better a tensor on the device, which
+    schedulers fill. On the CPU the step runs as it is.
 
     Args:
         model: an ``nn.Module`` of one input. Its control flow is that of the sample for ever, and
@@ -55,19 +56,32 @@ def graphed(model, loss, optimizer, sample):
         return step
     _make_capturable(optimizer, sample[0].device)
     static = [tensor.detach().clone() for tensor in sample]
-    graph = torch.cuda.CUDAGraph()
+
+    def rates():
+        return [
+            id(lr) if torch.is_tensor(lr := group["lr"]) else lr for group in optimizer.param_groups
+        ]
+
+    def capture():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(sample[0].device), torch.cuda.graph(graph):
+            value = step(*static)
+        return graph, value, rates()
+
     with torch.cuda.device(sample[0].device):
         _warm_up(lambda: step(*static), model, optimizer)
-        with torch.cuda.graph(graph):
-            value = step(*static)
+    captured = capture()
 
     def replay(input, target):
+        nonlocal captured
         if [(t.shape, t.dtype) for t in (input, target)] != [(t.shape, t.dtype) for t in static]:
             return step(input, target)
+        if captured[2] != rates():
+            captured = capture()
         for tensor, new in zip(static, (input, target)):
             tensor.copy_(new, non_blocking=True)
-        graph.replay()
-        return value
+        captured[0].replay()
+        return captured[1]
 
     return replay
 
@@ -77,8 +91,6 @@ def _make_capturable(optimizer, device):
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
-        if isinstance(group["lr"], float):
-            group["lr"] = torch.tensor(group["lr"], device=device)
         for param in group["params"]:
             state = optimizer.state.get(param, {})
             if "step" in state:

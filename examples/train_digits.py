@@ -66,7 +66,8 @@ def load_mnist(folder):
 
         parts = [MNIST(folder, train=train, download=True) for train in (True, False)]
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch, no data
-        sys.exit(f"--data mnist needs torchvision and the network or the data: {error}")
+        why = str(error).partition("\n")[0]
+        sys.exit(f"--data mnist needs torchvision and the network or the data: {why}")
     return [(part.data[:, None].float(), part.targets) for part in parts]
 
 

@@ -224,7 +224,8 @@ def test_bad_arguments(call, args):
 
 
 def test_mnist_without_torchvision_says_so(call, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
+    for name in ("torchvision", "torchvision.datasets"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, None)
     assert_one_sentence(call("--data", "mnist", code=1)[1], "needs torchvision")
 
 

@@ -145,11 +145,6 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   multiply_add_on_cpu<T, 16>(c, a, b);
 }
 
-inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
-}
 inline void multiply_add_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
                                      const uint32_t (&b)[2]) {
   // The tensor cores read no more than TF32 keeps.
@@ -161,8 +156,7 @@ inline void multiply_add_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
 
 }  // namespace dlkernels::cuda
 
-// ---- the language's own functions
-// -----------------------------------------------------------------
+// ---- the language's own functions --------------------------------------------------------------
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
@@ -171,39 +165,10 @@ inline void __syncthreads() { dlkernels::cuda::Block::get().barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { dlkernels::cuda::Block::get().warp_barrier(); }
 
 template <class T>
-T __shfl_sync(unsigned, T x, int from) {
-  return dlkernels::cuda::Block::get().exchange(x)[from % 32];
-}
-template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   auto& block = dlkernels::cuda::Block::get();
   return block.exchange(x)[block.lane() ^ mask];
 }
-template <class T>
-T __shfl_down_sync(unsigned, T x, int by) {
-  auto& block = dlkernels::cuda::Block::get();
-  const int lane = block.lane();
-  return block.exchange(x)[lane + by < 32 ? lane + by : lane];
-}
-inline unsigned __ballot_sync(unsigned, bool x) {
-  unsigned all = 0, bit = 1;
-  for (const bool lane : dlkernels::cuda::Block::get().exchange(x)) {
-    all |= lane ? bit : 0;
-    bit <<= 1;
-  }
-  return all;
-}
-inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
-
-template <class T>
-T atomicAdd(T* p, T x) {
-  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
-}
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
 inline float __expf(float x) { return std::exp(x); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::max;
 using std::min;

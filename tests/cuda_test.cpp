@@ -90,8 +90,8 @@ int wrong_products() {
 __global__ void tf32_kernel(const float* a, const float* b, float* c) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   uint32_t ra[4], rb[2];
-  for (int i = 0; i < 4; ++i) ra[i] = cuda::to_tf32(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
-  for (int i = 0; i < 2; ++i) rb[i] = cuda::to_tf32(b[(t + i * 4) * 8 + g]);
+  for (int i = 0; i < 4; ++i) ra[i] = __float_as_uint(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+  for (int i = 0; i < 2; ++i) rb[i] = __float_as_uint(b[(t + i * 4) * 8 + g]);
   float rc[4] = {};
   cuda::multiply_add_16x8x8_tf32(rc, ra, rb);
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = rc[i];

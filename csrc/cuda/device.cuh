@@ -144,14 +144,7 @@ __device__ inline void multiply_add_16x8x16<half>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// x rounded to the 10 bits of mantissa that TF32 keeps, as the bits of a float.
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
-// c (16x8, float32) += a (16x8) * b (8x8), of TF32:
+// c (16x8, float32) += a (16x8) * b (8x8), of floats whose low 13 bits are not read (TF32):
 //   a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4);
 //   b[0] (t, g), b[1] (t + 4, g);  c as above.
 __device__ inline void multiply_add_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],

@@ -7,6 +7,7 @@ SEED := $(or $(SEED),$(shell date +%s))
 
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
+SANITIZED = $(MAKE) --no-print-directory -C tests --jobs=$(shell nproc)
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
@@ -39,7 +40,8 @@ test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.
 test-full: export DLKERNELS_TEST_FULL = 1
 test-full: test race cuda-link  ## the same with every sample in every way, data races, and a CUDA build of PyTorch
 
-sanitize: build/kernels_test build/cuda_test build/cuda_race_test  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
+sanitize:  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
+	$(SANITIZED)
 	build/kernels_test
 	build/cuda_test
 	build/cuda_race_test
@@ -56,11 +58,13 @@ gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and Py
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m dlkernels.gpu_check
 
-race: build/kernels_race  ## test them for data races under TSan: two minutes
+race:  ## test them for data races under TSan: two minutes
+	$(SANITIZED) ../build/kernels_race
 	build/kernels_race 10
 
 # 20,000 cases of each op take about 15 minutes.
-fuzz: build/kernels_test $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
+fuzz: $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
+	$(SANITIZED) ../build/kernels_test
 	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
 	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PY) -m pytest -s test_fuzz.py
 
@@ -92,21 +96,6 @@ clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis
 	rm -f dlkernels/*.so dlkernels/_build.py $(VENV)/.dlkernels
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-
-build/kernels_test: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
-build/kernels_race: SANITIZE = -fsanitize=thread
-build/kernels_test build/kernels_race: $(wildcard tests/kernels_test* csrc/cpu/*)
-	mkdir -p build
-	$(CXX) -std=c++20 -g -O1 $(SANITIZE) -pthread \
-	  -Wall -Wextra -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp -o $@
-
-# The .cu files as plain C++, each thread of a block a fibre: see tests/cuda_on_cpu.h.
-build/cuda_test: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
-build/cuda_race_test: SANITIZE = -fsanitize=thread
-build/cuda_test build/cuda_race_test: $(wildcard tests/cuda_* tests/kernels_test.h csrc/cuda/*)
-	mkdir -p build
-	$(CXX) -std=c++20 -g -O1 $(SANITIZE) \
-	  -Wall -Wextra -Wno-unknown-pragmas -Icsrc -Itests tests/cuda_test*.cpp -o $@
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

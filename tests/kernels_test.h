@@ -1,7 +1,6 @@
 // Torch-free tests of the kernel tables: run on every table this machine supports, with every
 // buffer against a guard page, first at its end and then at its start, and the parts of a call on
-// threads of their own. Build with any sanitizer:
-//   g++ -std=c++20 -g -fsanitize=address,undefined -Icsrc tests/kernels_test*.cpp csrc/cpu/*.cpp
+// threads of their own.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>

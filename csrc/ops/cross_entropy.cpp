@@ -342,7 +342,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const Tensor &grad = saved[0], &target = saved[1], &input = saved[2], &weight = saved[3];
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     variable_list out(6);  // one an argument of forward
-    if (is_differentiated(grads[0])) {
+    if (is_differentiated(grads[0], cross_entropy_backward_stats)) {
       const int64_t reduction = ctx->saved_data["reduction"].toInt();
       const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
       out[0] = differentiable_backward(

@@ -71,10 +71,9 @@ class _Optimizer:
         """Our op on every group; False, with nothing done, where one of them is not for it."""
         groups = []
         for group in self.param_groups:
-            keys, numbers, options = self._arguments(group)
-            if not _has_op(group, *numbers):
+            if not _has_op(group):
                 return False
-            groups.append((group["params"], keys, [*map(float, numbers), *map(bool, options)]))
+            groups.append((group["params"], *self._arguments(group)))
         scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         done = _C.optim_step(self._op, self.state, groups, *scales)
         if done is None:  # a first step
@@ -119,19 +118,19 @@ class SGD(_Optimizer, torch.optim.SGD):
     def _with_states(self, groups):
         """Parameters without a buffer in groups of their own: a first step is not damped."""
         split = []
-        for params, keys, scalars in groups:
+        for params, keys, numbers, options in groups:
             old, new = [], []
             for p in params:
                 if p.grad is not None:
                     known = keys == (None,) or self.state[p].get("momentum_buffer") is not None
                     (old if known else new).append(p)
-            split.append((old, keys, scalars))
+            split.append((old, keys, numbers, options))
             # A step that is skipped is not the first.
             found_inf = getattr(self, "found_inf", None)
             if new and not (found_inf is not None and found_inf.item()):
                 for p in new:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                split.append((new, keys, [*scalars[:-1], True]))
+                split.append((new, keys, numbers, (*options[:-1], True)))
         return split
 
 
@@ -203,28 +202,15 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
         )
 
 
-def _has_op(group, lr, *numbers):
-    """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not
-    checked yet."""
+def _has_op(group):
+    """Whether our ops have the options that a group asks for."""
     if group.get("amsgrad"):
         return False
     if group.get("capturable") and (
-        isinstance(lr, Tensor) or not all(p.is_cuda for p in group["params"])
+        isinstance(group["lr"], Tensor) or not all(p.is_cuda for p in group["params"])
     ):
         return False
-    if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):
-        return False
-    if not all(map(_is_number, numbers)):
-        return False
-    if not isinstance(lr, Tensor):
-        return _is_number(lr)
-    plain = type(lr) is Tensor and not lr.is_complex() and lr.numel() == 1
-    return plain and not lr.requires_grad
-
-
-def _is_number(x):
-    """A number that is finite in float32, too."""
-    return isinstance(x, float | int) and not isinstance(x, bool) and abs(x) < 1e38
+    return group.get("differentiable", False) is False and 1 not in group.get("betas", ())
 
 
 def _shards(state, groups):

@@ -1,10 +1,13 @@
 """The optimizers of :mod:`torch.optim` on our kernels: same arguments, state and state dicts.
 
 A step on plain float32 CPU tensors, or for Adam on CUDA tensors, is one call of our op a parameter
-group. A step on anything else, or with ``amsgrad`` or ``differentiable``, is left as a whole to
-PyTorch's own optimizer. So is ``capturable`` but for Adam on CUDA with a learning rate that is no
-tensor. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
+group; so is one on DTensors of such (FSDP2), each process stepping its shards. A step on anything
+else, or with ``amsgrad`` or ``differentiable``, is left as a whole to PyTorch's own optimizer. So
+is ``capturable`` but for Adam on CUDA with a learning rate that is no tensor.
+:func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -68,15 +71,28 @@ class _Optimizer:
         """Our op on every group; False, with nothing done, where one of them is not for it."""
         groups = []
         for group in self.param_groups:
-            keys, numbers, options = self._arguments(group)
-            if not _has_op(group, *numbers):
+            if not _has_op(group):
                 return False
-            groups.append((group["params"], keys, [*map(float, numbers), *map(bool, options)]))
+            groups.append((group["params"], *self._arguments(group)))
         scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         done = _C.optim_step(self._op, self.state, groups, *scales)
         if done is None:  # a first step
             groups = self._with_states(groups)
             done = _C.optim_step(self._op, self.state, groups, *scales)
+        return done or self._step_shards(groups, scales)
+
+    def _step_shards(self, groups, scales):
+        """The same on the shards of DTensors that this process has."""
+        shards = _shards(self.state, groups)
+        done = shards is not None and _C.optim_step(self._op, *shards, *scales)
+        if done is None:
+            shards = _shards(self.state, self._with_states(groups))
+            done = _C.optim_step(self._op, *shards, *scales)
+        if done:
+            for p in (p for params, *_ in groups for p in params if p.grad is not None):
+                written = [p, *self.state.get(p, {}).values()]
+                written += [] if scales[0] is None else [p.grad]
+                torch.autograd.graph.increment_version(t for t in written if isinstance(t, Tensor))
         return done
 
     def _with_states(self, groups):
@@ -102,19 +118,19 @@ class SGD(_Optimizer, torch.optim.SGD):
     def _with_states(self, groups):
         """Parameters without a buffer in groups of their own: a first step is not damped."""
         split = []
-        for params, keys, scalars in groups:
+        for params, keys, numbers, options in groups:
             old, new = [], []
             for p in params:
                 if p.grad is not None:
                     known = keys == (None,) or self.state[p].get("momentum_buffer") is not None
                     (old if known else new).append(p)
-            split.append((old, keys, scalars))
+            split.append((old, keys, numbers, options))
             # A step that is skipped is not the first.
             found_inf = getattr(self, "found_inf", None)
             if new and not (found_inf is not None and found_inf.item()):
                 for p in new:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                split.append((new, keys, [*scalars[:-1], True]))
+                split.append((new, keys, numbers, (*options[:-1], True)))
         return split
 
 
@@ -186,28 +202,51 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
         )
 
 
-def _has_op(group, lr, *numbers):
-    """Whether our ops have what a group asks for. What it was given by hand, PyTorch has not
-    checked yet."""
+def _has_op(group):
+    """Whether our ops have the options that a group asks for."""
     if group.get("amsgrad"):
         return False
     if group.get("capturable") and (
-        isinstance(lr, Tensor) or not all(p.is_cuda for p in group["params"])
+        isinstance(group["lr"], Tensor) or not all(p.is_cuda for p in group["params"])
     ):
         return False
-    if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):
-        return False
-    if not all(map(_is_number, numbers)):
-        return False
-    if not isinstance(lr, Tensor):
-        return _is_number(lr)
-    plain = type(lr) is Tensor and not lr.is_complex() and lr.numel() == 1
-    return plain and not lr.requires_grad
+    return group.get("differentiable", False) is False and 1 not in group.get("betas", ())
 
 
-def _is_number(x):
-    """A number that is finite in float32, too."""
-    return isinstance(x, float | int) and not isinstance(x, bool) and abs(x) < 1e38
+def _shards(state, groups):
+    """`state` and `groups` with local tensors in the place of DTensors; None where there are none,
+    or one has a gradient or a state that is not split as it is."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if not any(type(p) is dtensor for params, *_ in groups for p in params):
+        return None
+    seen, local_state, local_groups = set(), {}, []
+    for params, *arguments in groups:
+        local = []
+        for p in (p for p in params if p.grad is not None):
+            if p in seen:
+                return None
+            seen.add(p)
+            states = state.get(p, {})
+            if type(p) is dtensor:
+                whole = [t for t in states.values() if isinstance(t, Tensor) and t.numel() != 1]
+                if not all(_split_alike(p, t, dtensor) for t in (p.grad, *whole)):
+                    return None
+                states = {key: getattr(t, "_local_tensor", t) for key, t in states.items()}
+                p, grad = p._local_tensor.detach(), p.grad._local_tensor
+                p.grad = grad
+            local.append(p)
+            local_state[p] = states
+        local_groups.append((local, *arguments))
+    return local_state, local_groups
+
+
+def _split_alike(p, t, dtensor):
+    return (
+        type(t) is dtensor
+        and t.device_mesh == p.device_mesh
+        and t.placements == p.placements
+        and not any(placement.is_partial() for placement in p.placements)
+    )
 
 
 def _unhooked(step):

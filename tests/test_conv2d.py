@@ -76,6 +76,17 @@ def test_mixed_layouts(op):
         check(f, g, (x, w), forward=[op], backward=["conv2d_backward"])
 
 
+@op
+@layout
+def test_meta_has_the_strides_of_the_cpu(op, layout):
+    """PyTorch's own op on meta always says contiguous, which its op on the CPU is not."""
+    f, g = PAIRS[op]
+    for other in LAYOUTS.values():
+        x = torch.randn(2, 4, 6, 6).to(memory_format=LAYOUTS[layout])
+        w = torch.randn(3, 4, 3, 3).to(memory_format=other)
+        assert f(x, w).stride() == f(x.to("meta"), w.to("meta")).stride() == g(x, w).stride()
+
+
 def test_integers_are_exact(machine):
     for args, kwargs in samples():
         args = [None if x is None else x.detach().mul(3).round() for x in args]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlkernels.functional as ours
-from common import calls, check
+from common import assert_close, calls, check, convert
 
 NAN, INF = float("nan"), float("inf")
 reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -220,13 +220,84 @@ def test_no_gradient_unless_wanted():
         torch.testing.assert_close(ours.cross_entropy(x, target), F.cross_entropy(x, target))
 
 
-def test_logits_changed_before_backward():
-    x = logits(4, 5)
+def gradients_after_a_change(f, dtype, x, target, kwargs):
+    """First and second gradients, where the logits are overwritten after the loss."""
+    (x, target), kwargs = convert(((x, target), kwargs), lambda t: t.to(dtype))
     y = x * 2
-    loss = ours.cross_entropy(y, targets(x))
+    loss = f(y, target, **kwargs)
     y.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    (first,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss.sum(), x)
+    return first, second, again
+
+
+@reduction
+def test_logits_may_change_before_backward(reduction):
+    """As in PyTorch, which keeps their log_softmax; here their gradient is enough."""
+    ways = (ours, torch.float32), (F, torch.float32), (F, torch.float64)
+    for (x, target), kwargs in samples():
+        if x.numel():
+            results = [
+                gradients_after_a_change(
+                    module.cross_entropy, dtype, x, target, {**kwargs, "reduction": reduction}
+                )
+                for module, dtype in ways
+            ]
+            for got, *expected in zip(*results, strict=True):
+                assert_close(got, *expected)
+
+
+def test_what_is_kept():
+    """No more than PyTorch keeps: not the logits."""
+    x, kept = logits(6, 10), []
+    target, weight = targets(x), torch.rand(10)
+
+    def pack(t):
+        kept.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = ours.cross_entropy(x, target, weight)
+    assert sorted(kept) == [(6,), (6, 10), (10,)]
+    (grad,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(x, target, weight), x)[0])
+    for changed in (target, weight):  # which PyTorch keeps, too
+        for f in (ours.cross_entropy, F.cross_entropy):
+            loss = f(x, target, weight)
+            changed.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+@reduction
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("value", [INF, -INF, NAN, 3e38, 0.0])
+def test_class_weights_that_are_not_finite(value, smoothing, reduction):
+    """Infinite and NaN where PyTorch's are, or, where its sums overflow, float64's."""
+    for C, maps, classes in itertools.product([2, 5, 21], [(), (3,)], [[0], [1], range(21)]):
+        x, weight = torch.randn(6, C, *maps), torch.rand(C)
+        weight[[c for c in classes if c < C]] = value
+        target = torch.randint(1, C, (6, *maps))
+        for t in (target, torch.rand_like(x)):
+            results = []
+            for f, dtype in [
+                (ours.cross_entropy, torch.float32),
+                (F.cross_entropy, torch.float32),
+                (F.cross_entropy, torch.float64),
+            ]:
+                y = x.to(dtype).requires_grad_()
+                u = t.to(dtype) if t.is_floating_point() else t
+                kwargs = {"reduction": reduction, "label_smoothing": smoothing}
+                loss = f(y, u, weight.to(dtype), **kwargs)
+                (grad,) = torch.autograd.grad(loss.sum(), y)
+                results.append((loss.detach().float(), grad.float()))
+            for got, *expected in zip(*results, strict=True):
+                torchs, exact = [torch.isclose(got, e, 1.3e-6, 1e-5, True) for e in expected]
+                assert (torchs | exact).all()
+            with torch.no_grad():
+                loss = ours.cross_entropy(x, t, weight, **kwargs)
+            torch.testing.assert_close(loss, results[0][0], equal_nan=True)
 
 
 def test_threads_give_the_same_bits():

@@ -93,12 +93,13 @@ import dlkernels
 from torch import nn
 from torch.distributed import destroy_process_group, get_rank, init_process_group
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 init_process_group("gloo")
 
 
-def train(sharded, make):
+def train(sharded, make, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
     x, y = torch.randn(4, 4, 6), torch.randint(3, (4, 4))
@@ -106,26 +107,49 @@ def train(sharded, make):
         dlkernels.convert(model)
         fully_shard(model[2])
         fully_shard(model)
-    opt = make(model.parameters(), lr=0.05)
+    opt = make(model.parameters(), lr=0.05, **options)
     for step in range(4):
         rows = slice(get_rank() * 2, get_rank() * 2 + 2) if sharded else slice(None)
         opt.zero_grad()
         nn.functional.cross_entropy(model(x[step, rows]), y[step, rows]).backward()
+        before = [p._version for p in model.parameters()]
         opt.step()
-    return list(model.parameters())
+        assert all(p._version > v for p, v in zip(model.parameters(), before))
+    return opt, list(model.parameters())
 
 
-for kernels, torchs in (
-    (dlkernels.optim.Adam, torch.optim.Adam), (dlkernels.optim.AdamW, torch.optim.AdamW)
-):
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+OPTIONS = {"SGD": {"momentum": 0.9, "dampening": 0.5}, "RMSprop": {"momentum": 0.9}}
+for name in dlkernels.optim.__all__:
     dlkernels.reset_stats()
-    got = train(True, kernels)
+    options = OPTIONS.get(name, {})
+    opt, got = train(True, getattr(dlkernels.optim, name), options)
     stats = dlkernels.stats()
     assert all(isinstance(p, DTensor) for p in got)
     assert stats["linear"]["kernel"] + stats["linear_relu"]["kernel"] + stats["mlp"]["kernel"] >= 4
-    assert stats["adam_"]["kernel"] + stats["adam_"]["torch"] == 4, stats
-    for a, b in zip(got, train(False, torchs), strict=True):
+    assert stats[opt._op] == {"kernel": 4, "torch": 0}, stats
+    torchs, expected = train(False, getattr(torch.optim, name), options)
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.full_tensor(), b)
+        states, theirs = opt.state[a], torchs.state[b]
+        assert list(states) == list(theirs)
+        for key in theirs:
+            assert isinstance(states[key], DTensor) == (theirs[key].dim() > 0)
+            torch.testing.assert_close(whole(states[key]), theirs[key])
+
+# A gradient that is not split as its parameter is, and one that is terms of a sum: PyTorch's.
+mesh = init_device_mesh("cpu", (2,))
+for placement in (Replicate(), Partial()):
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    grad = DTensor.from_local(torch.ones(4, 3) / 2, mesh, [placement])
+    p.grad = grad
+    dlkernels.reset_stats()
+    dlkernels.optim.SGD([p], lr=0.1).step()
+    assert dlkernels.stats()["sgd_"] == {"kernel": 0, "torch": 1}
+    torch.testing.assert_close(p.full_tensor(), 1 - 0.1 * grad.full_tensor())
 destroy_process_group()
 print("trained", flush=True)
 os._exit(0)  # PyTorch's own threads may abort the interpreter's end

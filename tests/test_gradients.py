@@ -5,6 +5,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 
+import dlkernels
 import dlkernels.functional as ours
 from common import calls
 
@@ -121,6 +122,46 @@ def test_second_gradients(op, wanted):
             seconds = torch.autograd.grad(total, [*inputs, grad_y], materialize_grads=True)
             results.append([*firsts, *seconds])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@every
+@pytest.mark.parametrize("wanted", ["x", "xw", "xwb"])
+def test_second_gradients_of_a_constant(op, wanted):
+    """What does not depend on the inputs but piecewise has zeros for second gradients, or none,
+    where PyTorch's has: not an error."""
+    f, *shapes = OPS[op]
+    tensors = [torch.randn(shape) for shape in (*shapes, (3,))]
+    results = []
+    for module in (ours, F):
+        leaves = [t.clone().requires_grad_(name in wanted) for name, t in zip("xwb", tensors)]
+        y = f(module, *leaves)
+        grad_y = torch.linspace(1, 2, y.numel()).view_as(y)
+        (first,) = torch.autograd.grad(y, leaves[0], grad_y, create_graph=True)
+        inputs = [t for t in leaves if t.requires_grad]
+        results.append(
+            torch.autograd.grad(first.square().sum(), inputs, allow_unused=True)
+            if first.requires_grad
+            else None
+        )
+    mine, torchs = results
+    assert (mine is None) == (torchs is None)
+    for a, b in zip(mine or (), torchs or (), strict=True):
+        assert (a is None) == (b is None)
+        torch.testing.assert_close(a, b)
+
+
+@every
+def test_second_gradients_are_counted(op):
+    """They are PyTorch's: counted as such, or an error where that was asked for."""
+    f, *shapes = OPS[op]
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in (*shapes, (3,)))
+    y = f(ours, x, w, b)
+    fused = op == "conv2d_relu_max_pool2d"  # runs the convolution again
+    torchs = [f"{op}_backward", *(["conv2d_backward"] if fused else [])]
+    with calls(["conv2d"] if fused else [], torchs):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with dlkernels.set_fallback("error"), pytest.raises(NotImplementedError, match="no kernel"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_nested_tensors_are_pytorchs():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlkernels.functional as ours
-from common import calls, check
+from common import assert_close, calls, check
 from dlkernels.nn import MLP
 
 
@@ -78,15 +78,48 @@ def test_frozen_parameters_leave_one_node_a_layer():
 def test_double_backward_and_functorch():
     x, *parameters = sample(4, 3, 2)
 
-    def penalty(f):
-        inputs = [x, *parameters]
+    def penalty(f, dtype=torch.float32):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
         first = torch.autograd.grad(f(*inputs).square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
-    for got, expected in zip(penalty(mlp), penalty(stack), strict=True):
-        torch.testing.assert_close(got, expected)
+    for results in zip(penalty(mlp), penalty(stack), penalty(stack, torch.float64), strict=True):
+        assert_close(*results)
     got = torch.func.vmap(lambda row: mlp(row, *parameters))(x)
     torch.testing.assert_close(got, stack(x, *parameters))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("grad_input", [False, True])
+def test_parameters_that_change_before_backward(grad_input, create_graph):
+    """May change where PyTorch's layers do not keep them: biases, and the first weight if the input
+    wants no gradient. Any other change is noticed."""
+
+    def gradients(f, changed, dtype):
+        torch.manual_seed(1)
+        x, *parameters = [t.detach().to(dtype) for t in sample(6, 5, 4, 3)]
+        wanted = [*parameters, x] if grad_input else parameters
+        for t in wanted:
+            t.requires_grad_()
+        y = f(x, *parameters)
+        with torch.no_grad():
+            parameters[changed].mul_(3)
+        firsts = torch.autograd.grad(y.sum(), wanted, create_graph=create_graph)
+        if not create_graph:
+            return firsts
+        total = sum(g.square().sum() for g in firsts)
+        return *firsts, *torch.autograd.grad(total, wanted, materialize_grads=True)
+
+    ways = (mlp, torch.float32), (stack, torch.float32), (stack, torch.float64)
+    for changed in range(6):
+        if changed in (1, 2) or (changed == 0 and grad_input):
+            for f, dtype in ways:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    gradients(f, changed, dtype)
+        else:
+            results = [gradients(f, changed, dtype) for f, dtype in ways]
+            for got, *expected in zip(*results, strict=True):
+                assert_close(got, *expected)
 
 
 def test_others_are_pytorchs():

@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/fill.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/view_as.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -192,11 +194,28 @@ inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
-// Whether a backward pass is differentiated in turn: by autograd (create_graph=True), or forward,
-// along a tangent of grad_y.
-inline bool is_differentiated(const Tensor& grad_y) {
-  return at::GradMode::is_enabled() || grad_y._fw_grad(/*level=*/0).defined();
+// Whether a backward pass is differentiated in turn, which PyTorch's ops can: by autograd
+// (create_graph=True), or forward, along a tangent of grad_y.
+inline bool is_differentiated(const Tensor& grad_y, OpStats& backward) {
+  if (!at::GradMode::is_enabled() && !grad_y._fw_grad(/*level=*/0).defined()) return false;
+  backward.torch_ran();
+  return true;
 }
+
+// In a backward pass that is differentiated: `value` in the place of the forward's i-th tensor, so
+// that gradients of it flow on to where that tensor came from. For what need not be saved, because
+// derivatives depend on it in no other way.
+inline Tensor in_place_of_input(size_t i, const Tensor& value) {
+  const auto node = torch::autograd::get_current_node();
+  TORCH_INTERNAL_ASSERT(node && i < node->num_outputs());
+  const Tensor x = value.detach();
+  if (const auto& edge = node->next_edge(i); edge.is_valid())
+    torch::autograd::impl::set_gradient_edge(x, edge);
+  return x;
+}
+
+// 0, with derivatives of 0 by x.
+inline Tensor zero_of(const Tensor& x) { return at::fill(x, 0).sum(); }
 
 // Gradients that can be differentiated again: PyTorch's own op, computed anew from the saved inputs
 // and differentiated by PyTorch. One slot an input; undefined where an input needs no gradient.

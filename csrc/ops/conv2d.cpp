@@ -337,7 +337,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
     const auto groups = ctx->saved_data["groups"].toSymInt();
     // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
     const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
-    if (is_differentiated(grads[0])) {
+    if (is_differentiated(grads[0], conv2d_backward_stats)) {
       const Tensor g = kRelu ? at::threshold_backward(grads[0], y, 0) : grads[0];
       auto out = differentiable_backward(
           [&](const variable_list& in) {

@@ -263,24 +263,30 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
     const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
     const Args args = {stride, padding, dilation, ctx->saved_data["groups"].toSymInt()};
     // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
-    const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
-    if (is_differentiated(grad_y))
-      return differentiable(args, grad_y, argmax, input, weight, grad_bias);
+    const bool bias = ctx->saved_data["bias"].toBool(),
+               grad_bias = bias && ctx->needs_input_grad(2);
+    if (is_differentiated(grad_y, backward_stats))
+      return differentiable(args, grad_y, argmax, input, weight, bias, grad_bias);
     auto [gx, gw, gb] =
         op.call(grad_y, argmax, input, weight, stride, padding, dilation, args.groups,
                 {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
     return {gx, gw, gb, Tensor()};
   }
 
-  // The gradient of the elements of the convolution that argmax names, as PyTorch's gather.
+  // The gradient of the elements of the convolution that argmax names, as PyTorch's gather. Which
+  // ones depends on all inputs, with derivatives of 0.
   static variable_list differentiable(const Args& args, const Tensor& grad_y, const Tensor& argmax,
-                                      const Tensor& input, const Tensor& weight, bool grad_bias) {
+                                      const Tensor& input, const Tensor& weight, bool bias,
+                                      bool grad_bias) {
     static const auto indices_op =
         find_op<Tensor(const Tensor&, SymIntArrayRef, at::IntArrayRef, bool)>(
             "dlkernels::max_pool2d_indices");
     const Tensor indices =
         indices_op.call(argmax, plane(args, input, weight), pooling().window, /*ceil_mode=*/false);
-    const Tensor at = indices.clamp_min(0).flatten(-2), g = grad_y.masked_fill(indices.lt(0), 0);
+    const Tensor at = indices.clamp_min(0).flatten(-2);
+    Tensor g = grad_y.masked_fill(indices.lt(0), 0) + zero_of(input) + zero_of(weight);
+    if (bias)
+      g = g + zero_of(in_place_of_input(2, at::empty_symint({weight.sym_size(0)}, g.options())));
     variable_list out = differentiable_backward(
         [&](const variable_list& in) {
           const Tensor y = conv2d(/*relu=*/false, args, in[0], in[1], {});

@@ -3,10 +3,16 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <numeric>
 
 #include "common.h"
@@ -167,11 +173,33 @@ void compute(const Args& a, const Tensor& loss, const Tensor& grad) {
   const double sum = sum_blocks(rows, block_of(C), [&](int64_t begin, int64_t end) {
     return cpu::kernels().cross_entropy(args, begin, end);
   });
-  if (!none) *loss.mutable_data_ptr<float>() = static_cast<float>(mean ? sum / count : sum);
+  // PyTorch divides the smoothed part by itself, and the rest is 0 / 0.
+  const bool is_nan = mean && count == 0 && a.label_smoothing != 0;
+  if (!none)
+    *loss.mutable_data_ptr<float>() = is_nan ? NAN : static_cast<float>(mean ? sum / count : sum);
+}
+
+// Our sums are not PyTorch's, term by term: what is infinite in one may be NaN in the other.
+bool near_infinity(const optional<Tensor>& weight) {
+  if (!weight) return false;
+  const Tensor w = weight->contiguous();
+  const float* const first = w.const_data_ptr<float>();
+  return !std::all_of(first, first + w.numel(), [](float x) { return std::abs(x) < 1e30f; });
+}
+
+Two cross_entropy_forward_torch(const Args& a) {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  const c10::impl::ForceDispatchKeyGuard with_autograd(
+      tls.included_, tls.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const at::AutoGradMode with_graph(true);
+  const Tensor x = a.input.detach().requires_grad_();
+  const Tensor loss =
+      cross_entropy_torch({x, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing});
+  return {loss.detach(), torch::autograd::grad({loss}, {x}, {at::ones_like(loss)})[0]};
 }
 
 Tensor cross_entropy_cpu(const Args& a) {
-  if (!ours(a)) return cross_entropy_torch(a);
+  if (!ours(a) || near_infinity(a.weight)) return cross_entropy_torch(a);
   const Tensor loss = new_loss(a);
   compute(a, loss, Tensor());
   return loss;
@@ -179,6 +207,7 @@ Tensor cross_entropy_cpu(const Args& a) {
 
 Two cross_entropy_forward_cpu(const Args& a) {
   const Two out = cross_entropy_forward_meta(a);
+  if (near_infinity(a.weight)) return cross_entropy_forward_torch(a);
   huge(std::get<1>(out));
   compute(a, std::get<0>(out), std::get<1>(out));
   return out;
@@ -321,6 +350,36 @@ bool is_device_scalar(const Tensor& grad_y, const Tensor& grad) {
          grad.is_contiguous();
 }
 
+// Logits with the softmax p of those that were given, on which alone derivatives depend. p is in
+// grad = scale * (p * sum_c g[c] - g), where scale and g are those of cpu/cross_entropy.inl.h. Rows
+// without a trace of it have no derivative either.
+Tensor logits_of(const Tensor& grad, const Tensor& target, const Tensor& weight, int64_t reduction,
+                 int64_t ignore_index, double smoothing) {
+  const at::NoGradGuard no_grad;
+  const int64_t dim = grad.dim() == 1 ? 0 : 1, C = grad.size(dim);
+  const bool probabilities = gives_probabilities(grad, target);
+  at::DimVector of_classes(grad.dim(), 1);
+  of_classes[dim] = C;
+  const Tensor w = weight.defined() ? weight.view(of_classes) : at::ones({}, grad.options());
+  const Tensor scaled = grad.to(at::kDouble);
+  Tensor t = target, ignored;
+  if (!probabilities) {
+    const Tensor classes = target.to(at::kLong).unsqueeze(dim);
+    ignored = classes.eq(ignore_index);
+    t = at::zeros_like(scaled)
+            .scatter(dim, classes.masked_fill(ignored, 0), 1)
+            .masked_fill(ignored, 0);
+  }
+  Tensor g = (t * (1 - smoothing) + smoothing / static_cast<double>(C)) * w;
+  if (!probabilities) g = g.masked_fill(ignored, 0);
+  Tensor count = at::ones({}, grad.options());
+  if (reduction == at::Reduction::Mean)
+    count = probabilities ? count * (grad.numel() / C) : (t * w).sum();
+  const Tensor q = scaled * count + g, sum = q.sum(dim, /*keepdim=*/true);
+  const Tensor p = at::where(sum.eq(0), 1.0, q / sum);
+  return p.clamp_min(0).log().to(grad.scalar_type());
+}
+
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
@@ -328,8 +387,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     static const auto op = find_op<CrossEntropy<Two>>("dlkernels::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [loss, grad] = op.call(input, target, weight, reduction, ignore_index, label_smoothing);
-    // The logits and weights are for a gradient of the gradient alone.
-    ctx->save_for_backward({grad, target, input, weight.value_or(Tensor())});
+    // Not the logits, which may be freed or written to before backward, as with PyTorch's op; and
+    // the weights for a gradient of the gradient alone.
+    ctx->save_for_backward({grad, target, weight.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
@@ -339,10 +399,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<CrossEntropyBackward>("dlkernels::cross_entropy_backward");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &grad = saved[0], &target = saved[1], &input = saved[2], &weight = saved[3];
+    const Tensor &grad = saved[0], &target = saved[1], &weight = saved[2];
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     variable_list out(6);  // one an argument of forward
-    if (is_differentiated(grads[0])) {
+    if (is_differentiated(grads[0], cross_entropy_backward_stats)) {
       const int64_t reduction = ctx->saved_data["reduction"].toInt();
       const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
       out[0] = differentiable_backward(
@@ -350,7 +410,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
             return at::cross_entropy_loss(in[0], target, weight, reduction, ignore_index,
                                           label_smoothing);
           },
-          {input}, grads[0])[0];
+          {in_place_of_input(
+              0, logits_of(grad, target, weight, reduction, ignore_index, label_smoothing))},
+          grads[0])[0];
     } else if (is_one(grads[0]) && !torch::autograd::get_current_graph_task_keep_graph()) {
       // The gradient itself, and not a copy: this graph is freed right after and nobody else has
       // seen it. With retain_graph it must stay as it is, whatever becomes of the one we return.

@@ -185,7 +185,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
     const bool grad_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       grad_bias};
-    if (is_differentiated(grads[0])) {
+    if (is_differentiated(grads[0], linear_backward_stats)) {
       const Tensor g = kRelu ? at::threshold_backward(grads[0], y, 0) : grads[0];
       return {mask[0] ? at::matmul(g, weight) : Tensor(),
               mask[1] ? at::mm(as_matrix(g).t(), as_matrix(input)) : Tensor(),

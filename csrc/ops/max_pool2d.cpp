@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
-#include <ATen/ops/zeros.h>
 
 #include "common.h"
 #include "max_pool2d.h"
@@ -301,14 +300,17 @@ struct MaxPool2dFunction : torch::autograd::Function<MaxPool2dFunction> {
     const auto window = ctx->saved_data["window"].toIntVector();
     const bool ceil_mode = ctx->saved_data["ceil_mode"].toBool();
     if (!grad_y.defined()) return {Tensor(), Tensor(), Tensor()};
-    if (!is_differentiated(grad_y))
+    if (!is_differentiated(grad_y, max_pool2d_backward_stats))
       return {op.call(grad_y, argmax, input_size, window, ceil_mode), Tensor(), Tensor()};
-    // Differentiable in grad_y: PyTorch's scatter to the indices. -1 is nowhere.
+    // Differentiable in grad_y: PyTorch's scatter to the indices. -1 is nowhere. And in the input,
+    // which has gradients of 0.
     const Tensor indices = indices_op.call(argmax, input_size, window, ceil_mode).flatten(-2);
-    c10::SymDimVector sizes(argmax.sym_sizes().begin(), argmax.sym_sizes().end() - 1);
-    sizes.back() = input_size[0] * input_size[1];
+    c10::SymDimVector sizes(argmax.sym_sizes().begin(), argmax.sym_sizes().end());
+    std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
+    const Tensor input = in_place_of_input(0, at::empty_symint(sizes, grad_y.options()));
     const Tensor grad_x =
-        at::zeros_symint(sizes, grad_y.options())
+        at::fill(input, 0)
+            .flatten(-2)
             .scatter_add(-1, indices.clamp_min(0), grad_y.flatten(-2).masked_fill(indices.lt(0), 0))
             .unflatten_symint(-1, input_size);
     return {grad_x.contiguous(argmax.suggest_memory_format()), Tensor(), Tensor()};

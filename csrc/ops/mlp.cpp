@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/zeros.h>
 
 #include "linear.h"
 
@@ -12,7 +13,8 @@ TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor");
   // The outputs of all layers: those of the hidden ones after their ReLU, then y.
   m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]");
-  // Gradients of input (if asked for), of all weights, and of all biases (if there are).
+  // Gradients of input (if asked for; otherwise the first weight is not needed, and left out of
+  // weights), of all weights, and of all biases (if there are).
   m.def(
       "mlp_backward(Tensor grad_y, Tensor input, Tensor[] weights, Tensor[] hidden, "
       "bool grad_input, bool grad_biases) -> Tensor[]");
@@ -92,28 +94,33 @@ Tensor mlp_meta(const Tensor& input, at::TensorList weights, at::TensorList bias
 std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
                                       at::TensorList weights, at::TensorList hidden,
                                       bool grad_input, bool grad_biases) {
-  TORCH_CHECK(input.dim() >= 1 && !weights.empty() && hidden.size() + 1 == weights.size(),
-              "mlp_backward: input must be (..., K), with a hidden tensor less than weights, got ",
-              input.sym_sizes(), ", ", hidden.size(), " and ", weights.size());
+  const size_t layers = hidden.size() + 1, left_out = grad_input ? 0 : 1;
+  TORCH_CHECK(input.dim() >= 1 && grad_y.dim() >= 1 && weights.size() + left_out == layers,
+              "mlp_backward: input must be (..., K), grad_y (..., N), and weights ",
+              layers - left_out, " matrices for ", hidden.size(), " hidden tensors, got ",
+              input.sym_sizes(), ", ", grad_y.sym_sizes(), " and ", weights.size());
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
-  std::vector<Tensor> grads;
+  std::vector<Tensor> grads, grads_of_biases;
   if (grad_input) grads.push_back(at::empty_symint(sizes, input.options()));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &w = weights[i], &y = i < hidden.size() ? hidden[i] : grad_y;
+  for (size_t i = 0; i < layers; ++i) {
+    const Tensor& y = i < hidden.size() ? hidden[i] : grad_y;
+    const optional<Tensor> w = i >= left_out ? optional(weights[i - left_out]) : std::nullopt;
     TORCH_CHECK_NOT_IMPLEMENTED(
         is_ours(input) && is_ours(w) && is_ours(y) && same_dtype(input, w) && same_dtype(input, y),
         "mlp_backward: tensors must be dense ", kOurDTypes);
     check_device("mlp_backward", input, w), check_device("mlp_backward", input, y);
-    TORCH_CHECK(w.dim() == 2 && w.sym_size(1) == sizes.back(), "mlp_backward: weights[", i,
-                "] must be (N, ", sizes.back(), "), got ", w.sym_sizes());
-    sizes.back() = w.sym_size(0);
+    TORCH_CHECK(y.dim() >= 1, "mlp_backward: hidden tensors must be (..., N), got ()");
+    const c10::SymInt K = sizes.back(), N = y.sym_size(-1);
+    TORCH_CHECK(!w || (w->dim() == 2 && w->sym_size(0) == N && w->sym_size(1) == K),
+                "mlp_backward: layer ", i, "'s weight must be (", N, ", ", K, "), got ",
+                w->sym_sizes());
+    sizes.back() = N;
     TORCH_CHECK(y.sym_sizes() == c10::SymIntArrayRef(sizes), "mlp_backward: layer ", i,
                 "'s output must be ", c10::SymIntArrayRef(sizes), ", got ", y.sym_sizes());
-    grads.push_back(at::empty_symint(w.sym_sizes(), input.options()));
+    grads.push_back(at::empty_symint({N, K}, input.options()));
+    if (grad_biases) grads_of_biases.push_back(at::empty_symint({N}, input.options()));
   }
-  if (grad_biases)
-    for (const Tensor& w : weights)
-      grads.push_back(at::empty_symint({w.sym_size(0)}, input.options()));
+  grads.insert(grads.end(), grads_of_biases.begin(), grads_of_biases.end());
   return grads;
 }
 
@@ -151,8 +158,8 @@ std::vector<Tensor> backward_by(const Layer& layer, const Tensor& grad_y, const 
   std::vector<Tensor> grads =
       mlp_backward_meta(grad_y, input, weights, hidden, grad_input, grad_biases);
   mlp_backward_stats.kernel_ran();
-  const size_t layers = weights.size();
-  const Tensor* const grad_weight = grads.data() + (grad_input ? 1 : 0);
+  const size_t layers = hidden.size() + 1, left_out = grad_input ? 0 : 1;
+  const Tensor* const grad_weight = grads.data() + 1 - left_out;
   Tensor g = grad_y;
   for (size_t i = layers; i-- > 0;) {
     const Tensor& x = i > 0 ? hidden[i - 1] : input;
@@ -160,7 +167,7 @@ std::vector<Tensor> backward_by(const Layer& layer, const Tensor& grad_y, const 
                           : grad_input ? grads[0]
                                        : Tensor();
     layer({grad_x, grad_weight[i], grad_biases ? grad_weight[layers + i] : Tensor()}, g, x,
-          weights[i], i);
+          i >= left_out ? weights[i - left_out] : Tensor(), i);
     g = grad_x;
   }
   return grads;
@@ -205,33 +212,58 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
     static const auto op = find_op<MLPForward>("dlkernels::mlp_forward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     std::vector<Tensor> outputs = op.call(input, weights, biases);
+    // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
     variable_list saved = {input};
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    saved.insert(saved.end(), biases.begin(), biases.end());  // for a backward of the backward
+    saved.insert(saved.end(), weights.begin() + (input.requires_grad() ? 0 : 1), weights.end());
     saved.insert(saved.end(), outputs.begin(), outputs.end() - 1);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["layers"] = static_cast<int64_t>(weights.size());
+    ctx->saved_data["biases"] = !biases.empty();
     return outputs.back();
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<MLPBackward>("dlkernels::mlp_backward");
-    variable_list saved = ctx->get_saved_variables();
-    const size_t layers = ctx->saved_data["layers"].toInt(), hidden = layers - 1;
-    const size_t biases = saved.size() - 1 - layers - hidden;
-    if (is_differentiated(grads[0])) {
-      saved.resize(saved.size() - hidden);
-      const auto forward = [&](at::TensorList x) {
-        return mlp_torch(x[0], x.slice(1, layers), x.slice(1 + layers));
-      };
-      return differentiable_backward(forward, saved, grads[0]);
-    }
-    const at::TensorList all = saved;
-    variable_list out =
-        op.call(grads[0], all[0], all.slice(1, layers), all.slice(all.size() - hidden),
-                ctx->needs_input_grad(0), biases > 0);
-    if (!ctx->needs_input_grad(0)) out.insert(out.begin(), Tensor());
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t layers = ctx->saved_data["layers"].toInt();
+    const bool biases = ctx->saved_data["biases"].toBool();
+    const at::TensorList all = saved, hidden = all.slice(all.size() - (layers - 1));
+    const at::TensorList weights = all.slice(1, all.size() - layers);
+    if (is_differentiated(grads[0], mlp_backward_stats))
+      return differentiable(grads[0], all[0], weights, hidden, biases);
+    const bool grad_input = ctx->needs_input_grad(0);
+    const size_t wanted = grad_input ? layers : layers - 1;
+    variable_list out = op.call(grads[0], all[0], weights.slice(weights.size() - wanted), hidden,
+                                grad_input, biases);
+    if (!grad_input) out.insert(out.begin(), Tensor());
     return out;
+  }
+
+  // Biases, and a first weight that was left out, are no factors of any derivative.
+  static variable_list differentiable(const Tensor& grad_y, const Tensor& input,
+                                      at::TensorList weights, at::TensorList hidden, bool biases) {
+    const size_t layers = hidden.size() + 1, left_out = layers - weights.size();
+    variable_list inputs = {input};
+    const auto stand_in = [&](c10::SymIntArrayRef sizes) {
+      inputs.push_back(in_place_of_input(inputs.size(), at::zeros_symint(sizes, input.options())));
+    };
+    const auto N = [&](size_t i) {
+      return i < hidden.size() ? hidden[i].sym_size(-1) : grad_y.sym_size(-1);
+    };
+    if (left_out) stand_in({N(0), input.sym_size(-1)});
+    inputs.insert(inputs.end(), weights.begin(), weights.end());
+    for (size_t i = 0; biases && i < layers; ++i) stand_in({N(i)});
+    const auto forward = [&](const variable_list& in) {
+      Tensor y = in[0];
+      for (size_t i = 0; i < layers; ++i) {
+        const Tensor z =
+            at::linear(y, in[1 + i], biases ? optional(in[1 + layers + i]) : std::nullopt);
+        // The values that were, with the derivatives of z.
+        y = i + 1 < layers ? hidden[i] + (z - z.detach()).masked_fill(hidden[i].le(0), 0) : z;
+      }
+      return y;
+    };
+    return differentiable_backward(forward, inputs, grad_y);
   }
 };
 

@@ -6,6 +6,8 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cmath>
+
 #include "optim.h"
 
 namespace dlkernels {
@@ -89,6 +91,43 @@ Found collect(PyObject* params, const pybind11::tuple& keys, bool cuda, States& 
   return twice ? Found::kNotOurs : found;
 }
 
+// A number that is finite in float32, too; a tensor where it is the learning rate. What a group was
+// given by hand, PyTorch has not checked yet.
+optional<double> number(PyObject* object, bool is_lr) {
+  double x = 0;
+  if (is_lr && THPVariable_CheckExact(object)) {
+    const Tensor& t = THPVariable_Unpack(object);
+    if (t.is_complex() || t.numel() != 1 || t.requires_grad()) return std::nullopt;
+    x = t.item<double>();
+  } else if (PyFloat_Check(object)) {
+    x = PyFloat_AS_DOUBLE(object);
+  } else if (PyLong_Check(object) && !PyBool_Check(object)) {
+    x = PyLong_AsDouble(object);
+    if (PyErr_Occurred()) PyErr_Clear(), x = INFINITY;
+  } else {
+    return std::nullopt;
+  }
+  return std::abs(x) < 1e38 ? optional(x) : std::nullopt;
+}
+
+// Nothing where one of the numbers is none. Options may be anything that is true or false.
+std::vector<double> collect_scalars(const pybind11::tuple& numbers,
+                                    const pybind11::tuple& options) {
+  std::vector<double> scalars;
+  scalars.reserve(numbers.size() + options.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const auto x = number(PyTuple_GET_ITEM(numbers.ptr(), i), /*is_lr=*/i == 0);
+    if (!x) return {};
+    scalars.push_back(*x);
+  }
+  for (size_t i = 0; i < options.size(); ++i) {
+    const int is_true = PyObject_IsTrue(PyTuple_GET_ITEM(options.ptr(), i));
+    if (is_true < 0) throw pybind11::error_already_set();
+    scalars.push_back(is_true);
+  }
+  return scalars;
+}
+
 const OptimCall& find_call(const std::string& op) {
   for (const OptimCall* call = OptimCall::first; call; call = call->next)
     if (op == call->name) return *call;
@@ -108,12 +147,13 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
       if (!t) return pybind11::bool_(false);
       scales[i] = *t;
     }
-  std::vector<Lists> all;
+  std::vector<std::pair<Lists, std::vector<double>>> all;
   States states = {state.ptr()};
   bool complete = true;
-  for (const auto& [params, keys, scalars] : groups) {
-    const Found found =
-        collect(params.ptr(), keys, step.cuda, states, all.emplace_back(2 + keys.size()));
+  for (const auto& [params, keys, numbers, options] : groups) {
+    auto& [lists, scalars] = all.emplace_back(2 + keys.size(), collect_scalars(numbers, options));
+    if (scalars.empty()) return pybind11::bool_(false);
+    const Found found = collect(params.ptr(), keys, step.cuda, states, lists);
     if (found == Found::kNotOurs) return pybind11::bool_(false);
     complete &= found == Found::kAll;
   }
@@ -121,8 +161,8 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
   {
     const pybind11::gil_scoped_release no_gil;
     const at::NoGradGuard no_grad;
-    for (size_t i = 0; i < groups.size(); ++i)
-      if (!all[i][0].empty()) step.call(all[i], std::get<2>(groups[i]), scales[0], scales[1]);
+    for (const auto& [lists, scalars] : all)
+      if (!lists[0].empty()) step.call(lists, scalars, scales[0], scales[1]);
   }
   return pybind11::bool_(true);
 }

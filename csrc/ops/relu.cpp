@@ -116,7 +116,8 @@ struct ReluFunction : torch::autograd::Function<ReluFunction> {
     static const auto op = find_op<ReluBackward>("dlkernels::relu_backward");
     const Tensor y = ctx->get_saved_variables()[0];
     // The gradient is linear in grad_y and does not depend on the input in between its kinks.
-    if (is_differentiated(grads[0])) return {at::threshold_backward(grads[0], y, 0)};
+    if (is_differentiated(grads[0], relu_backward_stats))
+      return {at::threshold_backward(grads[0], y, 0)};
     return {op.call(grads[0], y)};
   }
 };

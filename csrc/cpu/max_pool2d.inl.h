@@ -1,6 +1,5 @@
 // y[n, oh, ow, c] = max over (kh, kw) of x[n, oh * stride - pad + kh * dilation, ow * .. kw .., c],
-// where that max is (a byte an output), and the gradient. Lanes are channels, or in a plane
-// neighbouring windows: the same body, with another load.
+// and where that max is (a byte an output). Lanes are channels, or in a plane neighbouring windows.
 
 // The elements [begin, end) of a window along one axis that lie inside the input, given the
 // position of element 0.
@@ -23,6 +22,11 @@ static Inside whole_windows(const PoolAxis& a) {
   const int64_t last = a.in - 1 - (a.kernel - 1) * a.dilation + a.pad;  // start - pad of the last
   const int64_t end = last < 0 ? 0 : least(last / a.stride + 1, a.out);
   return {least((a.pad + a.stride - 1) / a.stride, end), end};
+}
+
+static bool all_whole(const PoolAxis& a) {
+  const Inside whole = whole_windows(a);
+  return whole.begin == 0 && whole.end == a.out;
 }
 
 // One window, or neighbours that have the same elements inside.
@@ -62,11 +66,12 @@ struct WindowOffsets {
 };
 
 // pool_lanes for whole windows: no bounds, and unrolled where kCount says how many elements.
+// `first` is element 0, unless that only stands for one that is missing.
 template <int64_t kCount, bool kArgmax, class Load>
-static inline void pool_whole(const float* x, const WindowOffsets& offsets, Load load, int64_t n,
-                              float* y, uint8_t* argmax) {
+static inline void pool_whole(const float* x, const WindowOffsets& offsets, Load load, Vec first,
+                              int64_t n, float* y, uint8_t* argmax) {
   const int64_t count = kCount ? kCount : offsets.count;
-  Vec best = load(x, n), arg = Vec::zero();
+  Vec best = load(x, n), arg = first;
 #pragma GCC unroll 9
   for (int64_t k = 1; k < count; ++k) {
     const Vec v = load(x + offsets.at[k], n);
@@ -100,8 +105,9 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
       if (whole && whole_row) {
         const float* from = image + (at.h * p.w.in + at.w) * C;
         for (int64_t c = 0; c < lanes; c += Vec::kWidth)
-          pool_whole<kCount, kArgmax>(from + c, offsets, load, least(lanes - c, Vec::kWidth),
-                                      to + c, kArgmax ? arg + c : nullptr);
+          pool_whole<kCount, kArgmax>(from + c, offsets, load, Vec::zero(),
+                                      least(lanes - c, Vec::kWidth), to + c,
+                                      kArgmax ? arg + c : nullptr);
         continue;
       }
       at.kw = inside(p.w, at.w);
@@ -109,6 +115,135 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
         pool_lanes<kArgmax>(image + c, p, at, load, least(lanes - c, Vec::kWidth), to + c,
                             kArgmax ? arg + c : nullptr);
     }
+  }
+}
+
+// Square windows of 2 or 3 with a stride of 2, which have paths of their own.
+static bool has_pairs(const Pool& p) {
+  const auto fits = [&](const PoolAxis& a) {
+    return a.kernel == p.w.kernel && a.stride == 2 && a.dilation == 1;
+  };
+  return (p.w.kernel == 2 || p.w.kernel == 3) && fits(p.h) && fits(p.w);
+}
+
+// f(at, n) for vectors of a row of `size` elements. Where there are enough, all are whole: the last
+// one moves back over what is done, which is cheaper than a mask.
+template <class F>
+__attribute__((always_inline)) static inline void each_strip(int64_t size, const F& f) {
+  const int64_t V = Vec::kWidth;
+  if (size < V) return f(0, size);
+  for (int64_t at = 0; at < size; at += V) f(least(at, size - V), V);
+}
+
+constexpr int64_t kStage = 4096;  // floats: half of a small L1
+
+// How many rows of windows of a plane fit a stage, if their elements are `width` columns.
+static int64_t staged_rows(const Pool& p, int64_t width) {
+  return p.h.kernel * width > kStage ? 0 : (kStage / width - p.h.kernel) / p.h.stride + 1;
+}
+
+// The columns that windows of a plane look at, those that are missing too.
+static int64_t seen_columns(const Pool& p) { return (p.w.out - 1) * p.w.stride + p.w.kernel; }
+
+static bool all_whole(const Pool& p) { return all_whole(p.h) && all_whole(p.w); }
+
+static bool pools_planes(const Pool& p) {
+  const bool dense = p.h.dilation == 1 && p.w.dilation == 1;
+  return p.C == 1 && (all_whole(p) || (dense && staged_rows(p, seen_columns(p)) > 0));
+}
+
+// The elements of rows of windows from h on in a plane, -inf in rows outside of it. What is outside
+// beside it the stage has from the start.
+static void stage_rows(const float* plane, const Pool& p, int64_t h, int64_t rows, int64_t width,
+                       float* to) {
+  const int64_t inside = least(p.w.in, width - p.w.pad);
+  const Vec none = Vec::fill(-__builtin_inff());
+  to += p.w.pad;
+  for (int64_t end = h + rows; h < end; ++h, to += width) {
+    const float* row = plane + h * p.w.in;
+    if (within(h, {0, p.h.in}))
+      each_strip(inside, [&](int64_t w, int64_t n) { store(load(row + w, n), to + w, n); });
+    else
+      each_strip(inside, [&](int64_t w, int64_t n) { store(none, to + w, n); });
+  }
+}
+
+// Rows of n neighbouring windows, whole ones from x on. Staged ones may lack elements: `first` is
+// the first one of a row that is there, missing_h rows of the first windows are not.
+template <int64_t kCount, bool kArgmax, class Load>
+static inline void pool_strip(Load load, const float* x, const Pool& p,
+                              const WindowOffsets& offsets, Vec first, int64_t missing_h,
+                              int64_t rows, int64_t n, float* y, uint8_t* argmax) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t k = most(missing_h - i * p.h.stride, 0) * p.w.kernel;
+    pool_whole<kCount, kArgmax>(x, offsets, load, first + Vec::fill(k), n, y, argmax);
+    x += p.h.stride * p.w.in, y += p.w.out;
+    if (kArgmax) argmax += p.w.out;
+  }
+}
+
+// The same for planes with pairs. The best of each row comes first, in PyTorch's order too, because
+// the last row of a window of 3 is the first row of the next.
+template <int64_t K, bool kArgmax>
+static inline void pool_pairs(const float* x, const Pool& p, const WindowOffsets&, Vec first,
+                              int64_t missing_h, int64_t rows, int64_t n, float* y,
+                              uint8_t* argmax) {
+  struct Best {
+    Vec v, arg;
+    void meet(Vec other, Vec other_arg) {
+      const Vec::Mask wins = either(other > v, is_nan(other));
+      v = select(wins, other, v);
+      if (kArgmax) arg = select(wins, other_arg, arg);
+    }
+  };
+  first = in_order(first);
+  const auto best_of_row = [&](const float* row) __attribute__((always_inline)) {
+    Best best = {load_even(row, n), first};
+    for (int64_t kw = 1; kw < K; ++kw) best.meet(load_even(row + kw, n), Vec::fill(kw));
+    return best;
+  };
+  Best last = best_of_row(x);
+  for (int64_t i = 0; i < rows; ++i) {
+    Best best = K == 3 || i == 0 ? last : best_of_row(x);
+    if (i == 0) best.arg = best.arg + Vec::fill(missing_h * K);
+#pragma GCC unroll 2
+    for (int64_t kh = 1; kh < K; ++kh) {
+      last = best_of_row(x + kh * p.w.in);
+      best.meet(last.v, last.arg + Vec::fill(kh * K));
+    }
+    store(in_order(best.v), y, n);
+    if (kArgmax) in_order(best.arg).store_bytes(argmax, n), argmax += p.w.out;
+    x += 2 * p.w.in, y += p.w.out;
+  }
+}
+
+// Rows of windows in planes, down strips of neighbours, so that a row costs no more than its
+// vectors. Where windows are not all whole, they are made so in a stage.
+template <bool kArgmax, class Strip>
+static void pool_planes(const float* x, float* y, uint8_t* argmax, const Pool& p,
+                        const Strip& strip, int64_t begin, int64_t end) {
+  const int64_t OH = p.h.out, OW = p.w.out, V = Vec::kWidth;
+  const bool whole = all_whole(p);
+  Pool staged = p;
+  if (!whole) staged.w.in = seen_columns(p);
+  const int64_t width = staged.w.in;
+  const WindowOffsets offsets(staged);
+  float stage[kStage];
+  if (!whole)
+    for (float& v : stage) v = -__builtin_inff();
+  for (int64_t row = begin, rows; row < end; row += rows) {
+    const int64_t oh = row % OH, h = oh * p.h.stride - p.h.pad;
+    rows = least(least(OH - oh, end - row), most(staged_rows(p, width), 1));
+    const float* plane = x + row / OH * p.h.in * p.w.in;
+    if (!whole) stage_rows(plane, p, h, (rows - 1) * p.h.stride + p.h.kernel, width, stage);
+    const float* const top = whole ? plane + h * width : stage;
+    each_strip(OW, [&](int64_t ow, int64_t n) __attribute__((always_inline)) {
+      float missing[Vec::kWidth];  // elements of a row before the first that is there
+      for (int64_t i = 0; i < V; ++i) missing[i] = most(p.w.pad - (ow + i) * p.w.stride, 0);
+      const int64_t o = row * OW + ow;
+      strip(top + ow * p.w.stride, staged, offsets, Vec::load(missing), most(-h, 0), rows, n, y + o,
+            kArgmax ? argmax + o : nullptr);
+    });
   }
 }
 
@@ -122,12 +257,28 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
     for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
     return Vec::load(lanes, n);
   };
-  if (p.C > 1 || stride == 1)
-    pool_rows<kCount, kArgmax>(x, y, argmax, p, load_lanes, begin, end);
+  const auto load_second = [](const float* from, int64_t n) {
+    return in_order(load_even(from, n));
+  };
+  const bool planes = pools_planes(p);
+  if (!planes && (p.C > 1 || stride == 1))
+    return pool_rows<kCount, kArgmax>(x, y, argmax, p, load_lanes, begin, end);
+  if (!planes) return pool_rows<0, kArgmax>(x, y, argmax, p, load_every, begin, end);
+  const auto pool = [&](const auto& strip) {
+    pool_planes<kArgmax>(x, y, argmax, p, strip, begin, end);
+  };
+  if (kCount && has_pairs(p))
+    pool([](auto... a)
+             __attribute__((always_inline)) { pool_pairs<kCount == 4 ? 2 : 3, kArgmax>(a...); });
+  else if (stride == 1)
+    pool([&](auto... a)
+             __attribute__((always_inline)) { pool_strip<kCount, kArgmax>(load_lanes, a...); });
   else if (stride == 2)
-    pool_rows<kCount, kArgmax>(x, y, argmax, p, load_even, begin, end);
+    pool([&](auto... a)
+             __attribute__((always_inline)) { pool_strip<0, kArgmax>(load_second, a...); });
   else
-    pool_rows<0, kArgmax>(x, y, argmax, p, load_every, begin, end);
+    pool([&](auto... a)
+             __attribute__((always_inline)) { pool_strip<0, kArgmax>(load_every, a...); });
 }
 
 template <bool kArgmax>
@@ -143,125 +294,4 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
 static void max_pool2d(const float* x, float* y, uint8_t* argmax, const Pool& p, int64_t begin,
                        int64_t end) {
   (argmax ? pool_rows<true> : pool_rows<false>)(x, y, argmax, p, begin, end);
-}
-
-// Where element k of a window lies, from its element 0. Bytes that are no element lie nowhere: no
-// bound holds them.
-struct Places {
-  int64_t h[kNoElement + 1], w[kNoElement + 1], count;
-  explicit Places(const Pool& p) : count(p.h.kernel * p.w.kernel) {
-    for (int64_t k = 0; k <= kNoElement; ++k) {
-      h[k] = k < count ? k / p.w.kernel * p.h.dilation : INT64_MIN / 2;
-      w[k] = k < count ? k % p.w.kernel * p.w.dilation : INT64_MIN / 2;
-    }
-  }
-};
-
-// Rows [h0, h1) of an image where windows overlap or have holes: zeros, then windows add up in
-// PyTorch's order. An address comes from a byte only after it is checked.
-static void scatter_rows(const float* grad_y, const uint8_t* argmax, float* grad_x, const Pool& p,
-                         const Places& places, int64_t h0, int64_t h1) {
-  const int64_t W = p.w.in, C = p.C, span = (p.h.kernel - 1) * p.h.dilation;
-  const Inside whole = whole_windows(p.w);
-  int64_t offset[kNoElement + 1];  // of an element, where the whole window is inside
-  const int64_t count = places.count;
-  for (int64_t k = 0; k < count; ++k)
-    offset[k] = span < h1 - h0 && whole.begin < whole.end ? (places.h[k] * W + places.w[k]) * C : 0;
-  store_zeros(grad_x + h0 * W * C, (h1 - h0) * W * C);
-  const int64_t first = h0 + p.h.pad - span;  // a window that starts before ends before h0
-  int64_t oh = first <= 0 ? 0 : (first + p.h.stride - 1) / p.h.stride;
-  for (; oh < p.h.out && oh * p.h.stride - p.h.pad < h1; ++oh) {
-    const int64_t h_start = oh * p.h.stride - p.h.pad;
-    const bool whole_h = h_start >= h0 && h_start + span < h1;
-    for (int64_t ow = 0, windows; ow < p.w.out; ow += windows) {
-      const int64_t w_start = ow * p.w.stride - p.w.pad;
-      const float* grad = grad_y + (oh * p.w.out + ow) * C;
-      const uint8_t* arg = argmax + (oh * p.w.out + ow) * C;
-      windows = 1;
-      if (whole_h && within(ow, whole)) {
-        if (C == 1) windows = whole.end - ow;
-        const int64_t step = C == 1 ? p.w.stride : 1;
-        float* const to = grad_x + (h_start * W + w_start) * C;
-        for (int64_t i = 0, n = windows * C; i < n; ++i)
-          if (const uint8_t k = arg[i]; k < count) to[offset[k] + i * step] += grad[i];
-        continue;
-      }
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t h = h_start + places.h[arg[c]], w = w_start + places.w[arg[c]];
-        if (within(h, {h0, h1}) && within(w, {0, W})) grad_x[(h * W + w) * C + c] += grad[c];
-      }
-    }
-  }
-}
-
-// Lanes of grad_y whose argmax is k, others 0.
-static Vec chosen(const float* grad_y, const uint8_t* argmax, int64_t k, int64_t n) {
-  return select(Vec::load_bytes(argmax, n) == Vec::fill(k), load(grad_y, n), Vec::zero());
-}
-
-// A row of grad_x where windows do not overlap, from the one row of windows that covers it, of
-// which it is the row of elements k = kh * KW: every position is written once.
-static void expand_row(const float* grad_y, const uint8_t* argmax, float* grad_x, const Pool& p,
-                       int64_t k) {
-  const int64_t V = Vec::kWidth, W = p.w.in, C = p.C;
-  if (C > 1) {
-    for (int64_t w = 0, ow = p.w.pad / p.w.stride, kw = p.w.pad % p.w.stride; w < W; ++w) {
-      if (kw < p.w.kernel && ow < p.w.out)
-        for (int64_t c = 0; c < C; c += V) {
-          const int64_t o = ow * C + c, n = least(C - c, V);
-          store(chosen(grad_y + o, argmax + o, k + kw, n), grad_x + w * C + c, n);
-        }
-      else
-        store_zeros(grad_x + w * C, C);
-      if (++kw == p.w.stride) kw = 0, ++ow;
-    }
-    return;
-  }
-  for (int64_t ow = 0; ow < p.w.out; ow += V) {  // planes: stride 2 without padding
-    const int64_t n = least(p.w.out - ow, V), m = least(2 * n, W - 2 * ow);
-    Vec even = chosen(grad_y + ow, argmax + ow, k, n), odd = Vec::zero();
-    if (p.w.kernel == 2) odd = chosen(grad_y + ow, argmax + ow, k + 1, n);
-    interleave(even, odd);
-    store(even, grad_x + 2 * ow, least(m, V));
-    if (m > V) store(odd, grad_x + 2 * ow + V, m - V);
-  }
-  if (2 * p.w.out < W) store_zeros(grad_x + 2 * p.w.out, W - 2 * p.w.out);
-}
-
-static bool apart(const PoolAxis& a) { return a.dilation == 1 && a.kernel <= a.stride; }
-
-static void max_pool2d_backward(const float* grad_y, const uint8_t* argmax, float* grad_x,
-                                const Pool& p, int64_t begin, int64_t end) {
-  const int64_t x_row = p.w.in * p.C, y_row = p.w.out * p.C, H = p.h.in;
-  if (!apart(p.h) || !apart(p.w) || (p.C == 1 && (p.w.stride != 2 || p.w.pad != 0))) {
-    const Places places(p);
-    for (int64_t row = begin, rows; row < end; row += rows) {
-      const int64_t image = row / H, h = row % H, o = image * p.h.out * y_row;
-      rows = least(H - h, end - row);
-      scatter_rows(grad_y + o, argmax + o, grad_x + image * H * x_row, p, places, h, h + rows);
-    }
-    return;
-  }
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t h = row % H + p.h.pad, oh = h / p.h.stride, kh = h % p.h.stride;
-    const int64_t o = (row / H * p.h.out + oh) * y_row;
-    if (oh < p.h.out && kh < p.h.kernel)
-      expand_row(grad_y + o, argmax + o, grad_x + row * x_row, p, kh * p.w.kernel);
-    else
-      store_zeros(grad_x + row * x_row, x_row);
-  }
-}
-
-static void max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& p,
-                               int64_t begin, int64_t end) {
-  const Places places(p);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t h_start = row % p.h.out * p.h.stride - p.h.pad;
-    for (int64_t ow = 0, o = row * p.w.out * p.C; ow < p.w.out; ++ow)
-      for (int64_t c = 0; c < p.C; ++c, ++o) {
-        const int64_t h = h_start + places.h[argmax[o]];
-        const int64_t w = ow * p.w.stride - p.w.pad + places.w[argmax[o]];
-        indices[o] = within(h, {0, p.h.in}) && within(w, {0, p.w.in}) ? h * p.w.in + w : -1;
-      }
-  }
 }

@@ -119,12 +119,16 @@ inline void transpose(Vec (&r)[8]) {
   }
 }
 
-// p[2 * i] for i < n, n > 0; p[2 * n - 2] is the last that is touched.
+// p[2 * i] for i < n, n > 0, in an order that in_order puts right; p[2 * n - 2] is the last that is
+// touched.
 inline Vec load_even(const float* p, int64_t n) {
   const bool whole = n == 8;
   const __m256 a = whole ? Vec::load(p).v : Vec::load(p, n > 4 ? 8 : 2 * n - 1).v;
   const __m256 b = whole ? Vec::load(p + 7).v : Vec::load(p + 7, n > 4 ? 2 * n - 8 : 0).v;
-  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 2, 0)));
+  return {_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 2, 0))};
+}
+inline Vec in_order(Vec a) {  // twice is not at all
+  const __m256d pairs = _mm256_castps_pd(a.v);
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, _MM_SHUFFLE(3, 1, 2, 0)))};
 }
 // a[0] b[0] a[1] b[1] ...: the first half to a, the second to b.

@@ -92,7 +92,8 @@ inline void transpose(Vec (&r)[16]) {
   }
 }
 
-// p[2 * i] for i < n, n > 0; p[2 * n - 2] is the last that is touched.
+// p[2 * i] for i < n, n > 0, in an order that in_order puts right; p[2 * n - 2] is the last that is
+// touched.
 inline Vec load_even(const float* p, int64_t n) {
   const __m512 a = Vec::load(p, n > 8 ? 16 : 2 * n - 1).v;
   const __m512 b = Vec::load(p + 15, n > 8 ? 2 * n - 16 : 0).v;
@@ -100,6 +101,7 @@ inline Vec load_even(const float* p, int64_t n) {
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
   return {_mm512_permutex2var_ps(a, lanes, b)};
 }
+inline Vec in_order(Vec a) { return a; }
 // a[0] b[0] a[1] b[1] ...: the first half to a, the second to b.
 inline void interleave(Vec& a, Vec& b) {
   const __m512i lo = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

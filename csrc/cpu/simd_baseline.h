@@ -90,12 +90,14 @@ inline void transpose(Vec (&r)[4]) {
   for (int j = 0; j < 4; ++j) r[j].v = Vec::Floats{a.v[j], b.v[j], c.v[j], d.v[j]};
 }
 
-// p[2 * i] for i < n, n > 0; p[2 * n - 2] is the last that is touched.
+// p[2 * i] for i < n, n > 0, in an order that in_order puts right; p[2 * n - 2] is the last that is
+// touched.
 inline Vec load_even(const float* p, int64_t n) {
   if (n < 4) return {Vec::Floats{p[0], n > 1 ? p[2] : 0, n > 2 ? p[4] : 0, 0}};
   const Vec a = Vec::load(p), b = Vec::load(p + 3);
   return {Vec::Floats{a.v[0], a.v[2], b.v[1], b.v[3]}};
 }
+inline Vec in_order(Vec a) { return a; }
 // a[0] b[0] a[1] b[1] ...: the first half to a, the second to b.
 inline void interleave(Vec& a, Vec& b) {
   const Vec x = a, y = b;

@@ -21,6 +21,7 @@ namespace {
 #include "cross_entropy.inl.h"
 #include "dot.inl.h"
 #include "max_pool2d.inl.h"
+#include "max_pool2d_backward.inl.h"
 #include "probe.inl.h"
 #include "relu.inl.h"
 #include "rmsprop.inl.h"

@@ -229,11 +229,10 @@ int gradients(const cpu::Conv2dKernels& t, Case& c) {
 
 // All algorithms that are for the shape.
 int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
-  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
-      {"direct", &t.conv2d},
-      {"depthwise", &t.depthwise},
-      {"4x4", &t.winograd_4x4},
-      {"2x2", &t.winograd_2x2}};
+  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {{"direct", &t.conv2d},
+                                                                    {"depthwise", &t.depthwise},
+                                                                    {"4x4", &t.winograd_4x4},
+                                                                    {"2x2", &t.winograd_2x2}};
   const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
   int wrong = 0;
   for (const auto& [name, way] : ways) {

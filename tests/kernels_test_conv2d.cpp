@@ -229,12 +229,15 @@ int gradients(const cpu::Conv2dKernels& t, Case& c) {
 
 // All algorithms that are for the shape.
 int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
-  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {
-      {"direct", &t.conv2d}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};
+  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {{"direct", &t.conv2d},
+                                                                    {"depthwise", &t.depthwise},
+                                                                    {"4x4", &t.winograd_4x4},
+                                                                    {"2x2", &t.winograd_2x2}};
   const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
   int wrong = 0;
   for (const auto& [name, way] : ways) {
-    if (way != &t.conv2d && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
+    const bool winograd = way == &t.winograd_4x4 || way == &t.winograd_2x2;
+    if (winograd && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
     Case c(s, last);
     Buffer<float> expanded(c.y.size());
     const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c, expanded);

@@ -1,5 +1,7 @@
 """conv2d and conv2d_relu: torch.nn.functional.conv2d, and relu of it."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,9 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
     yield (t(2, 4, 9, 8), t(6, 4, 1, 1), t(6)), {"stride": 3}
     yield (t(2, 6, 7, 7), t(9, 2, 3, 3), t(9)), {"groups": 3, "padding": 1}
     yield (t(2, 5, 7, 7), t(10, 1, 3, 3), t(10)), {"groups": 5, "padding": 1, "stride": 2}
+    yield (t(3, 33, 9, 14), t(33, 1, 5, 5), t(33)), {"groups": 33, "padding": 2}
+    yield (t(2, 12, 9, 8), t(18, 2, 3, 2), None), {"groups": 6, "dilation": (1, 3), "stride": (2, 1)}
+    yield (t(2, 7, 16, 9), t(5, 7, 1, 1), t(5)), {}  # pixels of a plane in a row
     yield (t(2, 3, 6, 5), t(4, 3, 2, 4), t(4)), {"padding": "same"}
     yield (t(2, 3, 9, 8), t(4, 3, 2, 3), t(4)), {"padding": "same", "dilation": (3, 2)}
     yield (t(2, 3, 6, 5), t(4, 3, 2, 4), t(4)), {"padding": "valid"}
@@ -85,6 +90,26 @@ def test_meta_has_the_strides_of_the_cpu(op, layout):
         x = torch.randn(2, 4, 6, 6).to(memory_format=LAYOUTS[layout])
         w = torch.randn(3, 4, 3, 3).to(memory_format=other)
         assert f(x, w).stride() == f(x.to("meta"), w.to("meta")).stride() == g(x, w).stride()
+
+
+WINDOWS = [
+    ((3, 3), {"padding": 1}),
+    ((3, 3), {"padding": 1, "stride": 2}),
+    ((5, 5), {"padding": (2, 0), "stride": (1, 2)}),
+    ((2, 7), {"padding": (0, 3), "stride": (3, 1)}),
+    ((3, 2), {"padding": (4, 1), "dilation": (2, 3)}),
+]
+
+
+@layout
+@pytest.mark.parametrize(("c", "k"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_few_channels_a_group(machine, layout, c, k):
+    for groups, (H, W), (kernel, options) in product([2, 16, 23], [(3, 7), (15, 14)], WINDOWS):
+        x = torch.randn(2, groups * c, H, W).contiguous(memory_format=LAYOUTS[layout])
+        weight, bias = torch.randn(groups * k, c, *kernel), torch.randn(groups * k)
+        args = [a.requires_grad_() for a in (x, weight, bias)]
+        kwargs = {"groups": groups, **options}
+        check(*PAIRS["conv2d_relu"], args, kwargs, ["conv2d_relu"], ["conv2d_backward"])
 
 
 def test_integers_are_exact(machine):

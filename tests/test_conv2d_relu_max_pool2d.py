@@ -72,6 +72,7 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
     yield (t(2, 4, 11, 13), t(6, 4, 3, 2), t(6)), {"stride": (2, 1), "padding": (2, 1)}
     yield (t(2, 4, 11, 13), t(6, 4, 2, 3), t(6)), {"dilation": (2, 3), "padding": (0, 4)}
     yield (t(2, 6, 7, 7), t(9, 2, 3, 3), t(9)), {"groups": 3, "padding": 1, "pool_stride": 2}
+    yield (t(2, 18, 7, 9), t(18, 1, 3, 3), t(18)), {"groups": 18, "padding": 1}
     yield (t(3, 16, 18), t(4, 3, 2, 2), t(4)), {"pool_stride": (2, 2)}  # not batched
     yield (t(2, 3, 6, 7), t(4, 3, 1, 1), t(4)), {}
     yield (t(40, 8, 12, 12), t(40, 8, 3, 3), t(40)), {"padding": 1}  # several parts

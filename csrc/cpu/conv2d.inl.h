@@ -96,13 +96,20 @@ struct Block {
         rows(v.h, h, h_end - h),
         cols(v.w, w, w_end - w) {}
 
-  // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
-  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
+  // f(h, w) for the runs of inputs that begin at row h, column w, as they follow in scratch.
+  template <class F>
+  void each_run(const F& f) const {
     for (int64_t i = 0; i < rows.runs; ++i)
       for (int64_t r = 0; r < rows.run; ++r)
-        for (int64_t j = 0; j < cols.runs; ++j, x += cols.run * channels)
-          load_row(images, n, rows.begin(i) + r * rows.step, cols.begin(j), cols.run, cols.step, c,
-                   channels, channels, x);
+        for (int64_t j = 0; j < cols.runs; ++j) f(rows.begin(i) + r * rows.step, cols.begin(j));
+  }
+
+  // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
+  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
+    each_run([&](int64_t h, int64_t w) {
+      load_row(images, n, h, w, cols.run, cols.step, c, channels, channels, x);
+      x += cols.run * channels;
+    });
   }
 };
 

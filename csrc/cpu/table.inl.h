@@ -19,6 +19,7 @@ namespace {
 #include "adam.inl.h"
 #include "conv2d.inl.h"
 #include "cross_entropy.inl.h"
+#include "depthwise.inl.h"
 #include "dot.inl.h"
 #include "max_pool2d.inl.h"
 #include "max_pool2d_backward.inl.h"
@@ -39,6 +40,7 @@ constinit const Kernels ISA = {
     .gemm = gemm,
     .gemm_dot = gemm_dot,
     .conv2d = kConv2d,
+    .depthwise = kDepthwise,
     .winograd_4x4 = kWinograd<4>,
     .winograd_2x2 = kWinograd<2>,
     .sum_rows = sum_rows,

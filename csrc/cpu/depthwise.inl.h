@@ -1,0 +1,278 @@
+// conv2d with few channels a group, and its gradients:
+//   y[pixel, g, j] = sum_{i, tap} x[pixel at tap, g, i] * w[g, j, i, tap],  i < c, j < k
+// Lanes are groups, so nothing is broadcast: a panel is kTileCols groups, and in scratch the first
+// channels of its groups lie side by side, then the second, ...
+
+// How blocks are cut, and what a thread has in scratch.
+struct DepthwiseCut {
+  int64_t c, k;   // channels a group
+  int64_t chunk;  // groups that are done together: in channels_last, some lines of each pixel
+  Cut cut;
+  int64_t x_pitch, g_pitch, g, rows, temp, biases, floats;
+
+  explicit DepthwiseCut(const Conv2d& v)
+      : c(v.x.C / v.groups), k(v.K / v.groups), chunk(chunk_of(v)), cut(part(v, chunk)) {
+    x_pitch = pitch(c), g_pitch = pitch(k);
+    const int64_t cols = Span(v.w, 0, cut.cols).size();
+    g = Span(v.h, 0, cut.rows).size() * cols * x_pitch + kTileCols;
+    rows = g + cut.rows * cut.cols * g_pitch + kTileCols;
+    temp = rows + 3 * cut.cols * g_pitch + kTileCols;
+    biases = temp + most(c * cols, k * cut.cols) * round_up(chunk, kTileCols);
+    floats = biases + k * round_up(chunk, kTileCols);
+  }
+
+ private:
+  static int64_t chunk_of(const Conv2d& v) {
+    constexpr int64_t kLines = 64;  // floats
+    if (v.x.sc != 1) return least(v.groups, kTileCols);
+    const int64_t panels = ceil_div(v.groups, kTileCols);
+    const int64_t chunks = ceil_div(panels, most(1, kLines / kTileCols));
+    return least(v.groups, ceil_div(panels, chunks) * kTileCols);
+  }
+  static Conv2d part(Conv2d v, int64_t chunk) {
+    v.x.C = v.x.C / v.groups * chunk, v.K = v.K / v.groups * chunk;
+    return v;
+  }
+  int64_t pitch(int64_t each) const {
+    return each == 1 ? chunk : each * round_up(chunk, kTileCols);
+  }
+};
+
+static int64_t depthwise_blocks(const Conv2d& v) { return DepthwiseCut(v).cut.count; }
+static int64_t depthwise_scratch(const Conv2d& v) { return DepthwiseCut(v).floats; }
+static int64_t depthwise_panels(const Conv2d& v) { return ceil_div(v.groups, kTileCols); }
+static int64_t depthwise_panel_floats(const Conv2d& v) {
+  return v.h.taps * v.w.taps * (v.x.C / v.groups) * (v.K / v.groups) * kTileCols;
+}
+static int64_t depthwise_sum_floats(const Conv2d& v) {
+  return depthwise_panels(v) * depthwise_panel_floats(v);
+}
+
+// f(g, lanes, j, i, kh, at): the taps of row kh, for groups [g, g + lanes) of a panel, are
+// at[tap * kTileCols + lane] of the packed weights.
+template <class F>
+static void each_tap_row(const Conv2d& v, int64_t begin, int64_t end, const F& f) {
+  const int64_t c = v.x.C / v.groups, k = v.K / v.groups;
+  int64_t at = begin * depthwise_panel_floats(v);
+  for (int64_t g = begin * kTileCols; g < least(end * kTileCols, v.groups); g += kTileCols)
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t i = 0; i < c; ++i)
+        for (int64_t kh = 0; kh < v.h.taps; ++kh, at += v.w.taps * kTileCols)
+          f(g, least(v.groups - g, kTileCols), j, i, kh, at);
+}
+
+static void depthwise_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin,
+                           int64_t end) {
+  each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+    const Matrix row = {f.data + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw};
+    pack_panel<kTileCols>(row, 0, lanes, 0, v.w.taps, to + at);
+  });
+}
+
+static void depthwise_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to,
+                             int64_t begin, int64_t end) {
+  each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+    unpack_panel(sums + at, kTileCols, lanes, v.w.taps,
+                 to + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw);
+  });
+}
+
+// (pixels, groups, each) to (pixels, panels, each, kTileCols), or back: a pixel every from_pitch
+// and to_pitch floats.
+static void split_groups(const float* from, int64_t from_pitch, int64_t pixels, int64_t groups,
+                         int64_t each, float* to, int64_t to_pitch) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t g = 0; g < groups; g += kTileCols)
+      transpose_copy({from}, p * from_pitch + g * each, each, least(groups - g, kTileCols), each,
+                     to + p * to_pitch + g * each, kTileCols);
+}
+static void join_groups(const float* from, int64_t pitch, int64_t pixels, int64_t groups,
+                        int64_t each, float* to) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t g = 0; g < groups; g += kTileCols)
+      transpose_copy({from}, p * pitch + g * each, kTileCols, each, least(groups - g, kTileCols),
+                     to + p * pitch + g * each, each);
+}
+
+// c[r, v] += sum_k a[r * row + k * col, v] * b[k * step, v]
+template <int R, int V>
+__attribute__((always_inline)) static inline void add_lanes(Tile<R, V>& tile, const float* a,
+                                                            int64_t row, int64_t col,
+                                                            const float* b, int64_t step,
+                                                            int64_t depth) {
+  const float* p[(R + 2) / 3];  // as in Tile::add_rows
+#pragma GCC unroll 5
+  for (int g = 0; g < (R + 2) / 3; ++g) p[g] = a + 3 * g * row;
+  for (int64_t k = 0; k < depth; ++k, b += step) {
+    Vec bk[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) bk[v] = Vec::load(b + v * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        tile.c[r][v] =
+            fma(Vec::load(p[r / 3] + r % 3 * row + v * Vec::kWidth), bk[v], tile.c[r][v]);
+#pragma GCC unroll 5
+    for (int g = 0; g < (R + 2) / 3; ++g) p[g] += col;
+  }
+}
+
+// Row h of a block, all groups of a chunk, to y: a pixel every y_step floats, panel by panel.
+static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block& b, const float* x,
+                          const float* weight, int64_t groups, const float* bias, int64_t h,
+                          float* y, int64_t y_step) {
+  const Taps th = b.rows.taps(h);
+  const int64_t x_row = b.cols.size() * cut.x_pitch, x_step = b.cols.output_step() * cut.x_pitch;
+  for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
+    const Taps tw = b.cols.taps(w);
+    const int64_t taps_h = tw.count ? th.count : 0;
+    const float* const first = x + th.at * x_row + tw.at * cut.x_pitch;
+    const float* taps = weight + (th.first * v.w.taps + tw.first) * kTileCols;
+    for (int64_t g = 0; g < groups; g += kTileCols)
+      for (int64_t j = 0; j < cut.k; ++j, taps += cut.c * v.h.taps * v.w.taps * kTileCols) {
+        const int64_t at = g * cut.k + j * kTileCols, lanes = least(groups - g, kTileCols);
+        const GemmOutput out = {.c = y + (w - b.w) * y_step + at,
+                                .row = v.w.up * y_step,
+                                .col_bias = bias ? bias + at : nullptr,
+                                .relu = v.relu};
+        each_tile(ceil_div(b.w_end - w, v.w.up), lanes,
+                  [&]<int R, int V>(int64_t o) __attribute__((always_inline)) {
+                    Tile<R, V> tile;
+                    for (int64_t i = 0; i < cut.c; ++i)
+                      for (int64_t t = 0; t < taps_h; ++t)
+                        add_lanes(
+                            tile,
+                            first + o * x_step + g * cut.c + i * kTileCols + t * th.at_step * x_row,
+                            x_step, tw.at_step * cut.x_pitch,
+                            taps + (i * v.h.taps + t * th.step) * v.w.taps * kTileCols,
+                            tw.step * kTileCols, tw.count);
+                    tile.store(out, o, 0, lanes);
+                  });
+      }
+  }
+}
+
+// The hardware does not follow many small planes at once: asks for those that come after these.
+// Inline, as expect_rows is.
+__attribute__((always_inline)) static inline void expect_planes(const float* planes, int64_t pitch,
+                                                                int64_t channels) {
+  constexpr int64_t kSmall = 1 << 10;
+  for (int64_t i = 0; i < channels * pitch && 1 < pitch && pitch <= kSmall; i += 16)
+    __builtin_prefetch(planes + channels * pitch + i);
+}
+
+// A block's inputs, groups [first, first + groups).
+static void depthwise_load(const Images& images, const DepthwiseCut& cut, const Block& b,
+                           int64_t first, int64_t groups, float* x, float* temp) {
+  const int64_t run = b.cols.run;
+  expect_planes(images.data + b.n * images.sn + first * cut.c * images.sc, images.sc,
+                groups * cut.c);
+  b.each_run([&](int64_t h, int64_t w) {
+    load_row(images, b.n, h, w, run, b.cols.step, first * cut.c, groups * cut.c, cut.x_pitch,
+             cut.c > 1 ? temp : x);
+    if (cut.c > 1) split_groups(temp, cut.x_pitch, run, groups, cut.c, x, cut.x_pitch);
+    x += run * cut.x_pitch;
+  });
+}
+
+static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
+                      int64_t panel_begin, int64_t panel_end, float* scratch) {
+  const DepthwiseCut cut(v);
+  const int64_t k = cut.k, pool = v.argmax ? 2 : 1, pitch = cut.g_pitch;
+  float *const rows = scratch + cut.rows, *const temp = scratch + cut.temp;
+  const int64_t last = least(panel_end * kTileCols, v.groups);
+  for (int64_t n = begin; n < end; ++n) {
+    const Block b(v, cut.cut, n);
+    const int64_t cols = b.w_end - b.w;
+    for (int64_t g = panel_begin * kTileCols; g < last; g += cut.chunk) {
+      const int64_t groups = least(last - g, cut.chunk);
+      const float* const taps = weight + g / kTileCols * depthwise_panel_floats(v);
+      depthwise_load(v.x, cut, b, g, groups, scratch, temp);
+      expect_planes(v.y + b.n * v.yn + g * k * v.yc, v.yc, groups * k);
+      const float* bias = v.bias ? v.bias + g * k : nullptr;
+      if (bias && k > 1) {
+        split_groups(bias, 0, 1, groups, k, scratch + cut.biases, 0);
+        bias = scratch + cut.biases;
+      }
+      for (int64_t h = b.h; h < b.h_end; h += pool) {
+        if (k == 1 && v.yc == 1 && !v.argmax) {
+          depthwise_row(v, cut, b, scratch, taps, groups, bias, h,
+                        v.y + b.n * v.yn + h * v.yh + b.w * v.yw + g, v.yw);
+          continue;
+        }
+        for (int64_t r = 0; r < pool; ++r) {
+          float* const row = rows + r * cols * pitch;
+          depthwise_row(v, cut, b, scratch, taps, groups, bias, h + r, k > 1 ? temp : row, pitch);
+          if (k > 1) join_groups(temp, pitch, cols, groups, k, row);
+        }
+        store_row(v, b.n, h, b.w, cols, g * k, groups * k, rows, rows + cols * pitch, pitch,
+                  rows + 2 * cols * pitch);
+      }
+    }
+  }
+}
+
+// sums: as packed weights
+static void depthwise_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
+                                  int64_t panel_begin, int64_t panel_end, float* sums,
+                                  float* bias_sums, float* scratch) {
+  const DepthwiseCut cut(v);
+  const int64_t c = cut.c, k = cut.k, x_pitch = cut.x_pitch, g_pitch = cut.g_pitch;
+  float *const g_block = scratch + cut.g, *const temp = scratch + cut.temp;
+  const int64_t last = least(panel_end * kTileCols, v.groups);
+  for (int64_t n = begin; n < end; ++n) {
+    const Block b(v, cut.cut, n);
+    const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * x_pitch;
+    const int64_t x_step = b.cols.output_step() * x_pitch, out_row = b.rows.output_step() * x_row;
+    const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
+    const int64_t step = most(kDepth / cols, 1);  // sums of sums, for their error
+    for (int64_t first = panel_begin * kTileCols; first < last; first += cut.chunk) {
+      const int64_t groups = least(last - first, cut.chunk);
+      depthwise_load(v.x, cut, b, first, groups, scratch, temp);
+      for (int64_t h = 0; h < rows; ++h) {
+        float* const to = g_block + h * cols * g_pitch;
+        load_row(grad_y, b.n, b.h + h, b.w, cols, 1, first * k, groups * k, g_pitch,
+                 k > 1 ? temp : to);
+        if (k > 1) split_groups(temp, g_pitch, cols, groups, k, to, g_pitch);
+      }
+      if (bias_sums && k == 1) {
+        sum_columns({g_block, 1, g_pitch}, groups, rows * cols, bias_sums + first, n > begin);
+      } else if (bias_sums) {
+        float *const to = bias_sums + first * k, *const biases = scratch + cut.biases;
+        sum_columns({g_block, 1, g_pitch}, g_pitch, rows * cols, temp, false);
+        join_groups(temp, 0, 1, groups, k, biases);
+        for (int64_t i = 0; i < groups * k; ++i) to[i] = biases[i] + (n > begin ? to[i] : 0.0f);
+      }
+      if (!sums) continue;
+      each_tap_row(v, first / kTileCols, ceil_div(first + groups, kTileCols),
+                   [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+                     const float* const x =
+                         scratch + kh * th.at_step * x_row + (g - first) * c + i * kTileCols;
+                     const float* const gs = g_block + (g - first) * k + j * kTileCols;
+                     each_tile(v.w.taps, lanes, [=]<int R, int V>(int64_t kw) {
+                       for (int64_t h = 0; h < rows; h += step) {
+                         Tile<R, V> tile;
+                         for (int64_t r = h; r < least(rows, h + step); ++r)
+                           add_lanes(tile, x + r * out_row + kw * tw.at_step * x_pitch,
+                                     tw.at_step * x_pitch, x_step, gs + r * cols * g_pitch, g_pitch,
+                                     cols);
+                         tile.store({.c = sums + at, .row = kTileCols}, kw, 0, kTileCols,
+                                    {.first = n == begin && h == 0});
+                       }
+                     });
+                   });
+    }
+  }
+}
+
+constexpr Conv2dKernels kDepthwise = {.blocks = depthwise_blocks,
+                                      .batch = conv2d_batch,
+                                      .scratch = depthwise_scratch,
+                                      .panels = depthwise_panels,
+                                      .panel_floats = depthwise_panel_floats,
+                                      .sum_floats = depthwise_sum_floats,
+                                      .pack = depthwise_pack,
+                                      .forward = depthwise,
+                                      .grad_weight = depthwise_grad_weight,
+                                      .unpack = depthwise_unpack};

@@ -2,8 +2,8 @@
 
 A step on plain float32 CPU tensors, or for Adam on CUDA tensors, is one call of our op a parameter
 group. A step on anything else, or with ``amsgrad`` or ``differentiable``, is left as a whole to
-PyTorch's own optimizer. So is ``capturable`` but for Adam on CUDA with a learning rate that is no
-tensor. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
+PyTorch's own optimizer. So is ``capturable`` but for Adam on CUDA, whose learning rate may be a
+tensor there. :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
 """
 
 import torch
@@ -71,7 +71,12 @@ class _Optimizer:
             keys, numbers, options = self._arguments(group)
             if not _has_op(group, *numbers):
                 return False
-            groups.append((group["params"], keys, [*map(float, numbers), *map(bool, options)]))
+            lr, *numbers = numbers
+            device_lr = None
+            if group.get("capturable") and isinstance(lr, Tensor) and lr.is_cuda:
+                lr, device_lr = 0, lr  # read there: a step that is captured must not wait for it
+            scalars = [*map(float, (lr, *numbers)), *map(bool, options)]
+            groups.append((group["params"], keys, scalars, device_lr))
         scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         done = _C.optim_step(self._op, self.state, groups, *scales)
         if done is None:  # a first step
@@ -102,19 +107,19 @@ class SGD(_Optimizer, torch.optim.SGD):
     def _with_states(self, groups):
         """Parameters without a buffer in groups of their own: a first step is not damped."""
         split = []
-        for params, keys, scalars in groups:
+        for params, keys, scalars, _ in groups:
             old, new = [], []
             for p in params:
                 if p.grad is not None:
                     known = keys == (None,) or self.state[p].get("momentum_buffer") is not None
                     (old if known else new).append(p)
-            split.append((old, keys, scalars))
+            split.append((old, keys, scalars, None))
             # A step that is skipped is not the first.
             found_inf = getattr(self, "found_inf", None)
             if new and not (found_inf is not None and found_inf.item()):
                 for p in new:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                split.append((new, keys, [*scalars[:-1], True]))
+                split.append((new, keys, [*scalars[:-1], True], None))
         return split
 
 
@@ -191,9 +196,7 @@ def _has_op(group, lr, *numbers):
     checked yet."""
     if group.get("amsgrad"):
         return False
-    if group.get("capturable") and (
-        isinstance(lr, Tensor) or not all(p.is_cuda for p in group["params"])
-    ):
+    if group.get("capturable") and not all(p.is_cuda for p in group["params"]):
         return False
     if group.get("differentiable", False) is not False or 1 in group.get("betas", ()):
         return False

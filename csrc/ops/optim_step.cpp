@@ -111,7 +111,11 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
   std::vector<Lists> all;
   States states = {state.ptr()};
   bool complete = true;
-  for (const auto& [params, keys, scalars] : groups) {
+  std::vector<optional<Tensor>> device_lrs;
+  for (const auto& [params, keys, scalars, device_lr] : groups) {
+    const Tensor* const lr = plain(device_lr.ptr(), step.cuda);
+    if (!lr && !device_lr.is_none()) return pybind11::bool_(false);
+    device_lrs.push_back(lr ? optional(*lr) : std::nullopt);
     const Found found =
         collect(params.ptr(), keys, step.cuda, states, all.emplace_back(2 + keys.size()));
     if (found == Found::kNotOurs) return pybind11::bool_(false);
@@ -122,7 +126,8 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
     const pybind11::gil_scoped_release no_gil;
     const at::NoGradGuard no_grad;
     for (size_t i = 0; i < groups.size(); ++i)
-      if (!all[i][0].empty()) step.call(all[i], std::get<2>(groups[i]), scales[0], scales[1]);
+      if (!all[i][0].empty())
+        step.call(all[i], std::get<2>(groups[i]), device_lrs[i], scales[0], scales[1]);
   }
   return pybind11::bool_(true);
 }

@@ -9,8 +9,9 @@
 namespace dlkernels {
 
 // Parameters, the keys of their states in the order of the op's lists (None for an option that is
-// off), and the op's scalars.
-using OptimGroup = std::tuple<pybind11::list, pybind11::tuple, std::vector<double>>;
+// off), the op's scalars, and a tensor that replaces the learning rate among them, or None.
+using OptimGroup =
+    std::tuple<pybind11::list, pybind11::tuple, std::vector<double>, pybind11::object>;
 
 // A step of all groups of parameters by the op of that name: True; or, with nothing done, False
 // where not all of it is for our op, and None where all of it may be, once every state is there.

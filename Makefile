@@ -5,6 +5,10 @@ NAME ?= circles
 CASES ?= 20000
 SEED := $(or $(SEED),$(shell date +%s))
 
+# The same Makefile with another environment: one with a CUDA build of PyTorch.
+cuda_torch = torch==2.14.1
+with_cuda = $(MAKE) VENV=$(VENV)-cuda TORCH=$(cuda_torch)
+
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 SANITIZED = $(MAKE) --no-print-directory -C tests --jobs=$(shell nproc)
@@ -17,8 +21,8 @@ SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test test-full sanitize race fuzz cuda cuda-link .cuda-link gpu bench bench-quick \
-  lint format clean
+.PHONY: help train example test test-full sanitize race fuzz cuda cuda-link .cuda-link \
+  .cuda-link-if-possible gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -36,9 +40,10 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PY) -m pytest
+	$(MAKE) .cuda-link-if-possible
 
 test-full: export DLKERNELS_TEST_FULL = 1
-test-full: test race cuda-link  ## the same with every sample in every way, data races, and a CUDA build of PyTorch
+test-full: test race  ## the same with every sample in every way, and data races
 
 sanitize:  ## test the kernels without torch, those of CUDA on the CPU, under sanitizers
 	$(SANITIZED)
@@ -52,7 +57,20 @@ cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no 
 	$(PYTHON) build_cuda.py build/cuda
 
 cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an environment of 5 GB)
-	$(MAKE) VENV=$(VENV)-cuda TORCH=torch==2.14.1 .cuda-link
+	$(with_cuda) .cuda-link
+
+# No fault of ours where there is no compiler, no room, or no such torch for this Python.
+.cuda-link-if-possible:
+	@if ! $(PYTHON) -c 'import build_cuda, sys; sys.exit(build_cuda.nvcc() is None)'; then \
+	  echo 'cuda-link: skipped, there is no nvcc (set CUDA_HOME)'; \
+	elif [ ! -e $(VENV)-cuda/.torch ] && df -Pk . | awk 'NR == 2 {exit $$4 >= 10000000}'; then \
+	  echo 'cuda-link: skipped, its environment needs 10 GB of free disk'; \
+	elif ! $(with_cuda) $(VENV)-cuda/.torch; then \
+	  rm -rf $(VENV)-cuda; \
+	  echo 'cuda-link: skipped, pip could not install $(cuda_torch): see above'; \
+	else \
+	  $(with_cuda) .cuda-link; \
+	fi
 
 gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "csrc"
-ARCHITECTURES = "8.0;9.0+PTX"  # what TORCH_CUDA_ARCH_LIST is for PyTorch's own builds
+ARCHITECTURES = "7.5;8.0;9.0+PTX"  # what TORCH_CUDA_ARCH_LIST is for PyTorch's own builds
+# Their tensor cores must know bfloat16, and copies be asynchronous: for nothing before this.
+PRODUCTS, LEAST_OF_PRODUCTS = ("gemm", "conv2d"), 80
 FLAGS = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 # Kernels that may use local memory, by a part of their name, each with its reason.
@@ -32,17 +34,20 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def architectures() -> list[str]:
-    """nvcc's options for TORCH_CUDA_ARCH_LIST, as "8.0;9.0+PTX"."""
+def architectures(least: int = 0) -> list[str]:
+    """nvcc's options for those of TORCH_CUDA_ARCH_LIST, as "8.0;9.0+PTX", that are not below
+    `least`, or for that."""
     options = []
     for name in re.split("[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
         number = name.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r}, got {name!r}")
+        if int(number.rstrip("af")) < least:
+            continue
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options
+    return options or [f"-gencode=arch=compute_{least},code=sm_{least}"]
 
 
 def run(command: list) -> str:
@@ -58,22 +63,19 @@ def build(folder: Path, library: Path, strict: bool = False) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted(SOURCE.glob("cuda/*.cu"))
     headers = [*SOURCE.glob("cuda/*.h"), *SOURCE.glob("cuda/*.cuh"), Path(__file__)]
-    flags = [
-        *FLAGS,
-        *architectures(),
-        *(["--Werror=all-warnings"] if strict else []),
-        f"-I{SOURCE}",
-    ]
 
     def compile_one(source: Path) -> Path:
         out, said = folder / f"{source.stem}.o", folder / f"{source.stem}.txt"
         newest = max(path.stat().st_mtime for path in [source, *headers])
-        command = [nvcc(), *flags, "-c", source, "-o", out]
-        first_line = f"{command}\n"
+        least = LEAST_OF_PRODUCTS if source.stem in PRODUCTS else 0
+        command = [nvcc(), *FLAGS, *architectures(least), f"-I{SOURCE}", "-c", source, "-o", out]
+        strictly = [*command, "--Werror=all-warnings"]
+        chosen = strictly if strict else command
+        good = {f"{chosen}", f"{strictly}"}  # what was built strictly is good for others, too
         fresh = said.exists() and said.stat().st_mtime > newest
-        if not fresh or not said.read_text().startswith(first_line):
+        if not fresh or said.read_text().partition("\n")[0] not in good:
             said.unlink(missing_ok=True)
-            said.write_text(first_line + run(command))  # last, so that it stands for the object
+            said.write_text(f"{chosen}\n{run(chosen)}")  # last, so that it stands for the object
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -51,6 +51,10 @@ PYBIND11_MODULE(_C, m) {
       "optimizer, grad_scale and found_inf: True; or, with nothing done, False where not all of "
       "it is for our op, None where states are missing.");
   m.def("load_cuda", &load_cuda, "Load the CUDA kernels from the library at this path.");
+  m.def(
+      "set_cuda_capability",
+      [](int device, int capability) { dlkernels::capability(device) = capability; },
+      "Take a device for an older one, as 75 (tests); 0: ask it again.");
   m.def("set_cuda_reason", [](const std::string& reason) { cuda_reason = reason; });
   m.def("set_fallback_error", [](bool error) { return fallback_is_error.exchange(error); });
   m.def("set_precision_ieee", [](bool ieee) { return precision_is_ieee.exchange(ieee); });

@@ -38,16 +38,30 @@ def _warnings():
         yield f"built as {_build.VERSION}, and {installed} is installed: build again"
 
 
+def _no_products():
+    """Why products of matrices, and convolutions, are PyTorch's on a GPU that is here, or ""."""
+    for i in range(torch.cuda.device_count()):
+        if (found := torch.cuda.get_device_capability(i)) < (8, 0):
+            return (
+                f"left to PyTorch's own op on cuda:{i}: our kernel needs compute capability 8.0, "
+                f"it has {found[0]}.{found[1]}"
+            )
+    return ""
+
+
 def kernels():
     """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
     others = "left to PyTorch's own op: our kernels for the {} are for {}".format
     on_cpu = others("CPU", "float32")
     cpu = {"float32": "yes", "bfloat16": on_cpu, "float16": on_cpu, "float64": on_cpu}
+    no_products = _cuda.REASON or _no_products()
 
     def cuda(op):
         ours = _cuda.REASON or "yes"
         if op.endswith("_") and op != "adam_":
             ours = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
+        elif op.startswith(("linear", "mlp", "conv2d")):
+            ours = no_products or "yes"
         wide = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
         return {"float32": ours, "bfloat16": ours, "float16": ours, "float64": wide}
 

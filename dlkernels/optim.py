@@ -3,7 +3,7 @@
 A step on plain float32 CPU tensors, or for Adam on CUDA tensors, is one call of our op a parameter
 group; so is one on DTensors of such (FSDP2), each process stepping its shards. A step on anything
 else, or with ``amsgrad`` or ``differentiable``, is left as a whole to PyTorch's own optimizer. So
-is ``capturable`` but for Adam on CUDA with a learning rate that is no tensor.
+is ``capturable`` but for Adam on CUDA, whose learning rate may be a tensor there.
 :func:`dlkernels.stats` counts both by the name of the op: ``sgd_``, ``adam_``, ...
 """
 
@@ -206,9 +206,7 @@ def _has_op(group):
     """Whether our ops have the options that a group asks for."""
     if group.get("amsgrad"):
         return False
-    if group.get("capturable") and (
-        isinstance(group["lr"], Tensor) or not all(p.is_cuda for p in group["params"])
-    ):
+    if group.get("capturable") and not all(p.is_cuda for p in group["params"]):
         return False
     return group.get("differentiable", False) is False and 1 not in group.get("betas", ())
 

@@ -249,7 +249,7 @@ def operators():
         "cross_entropy": [g, classes, b, 1, -100, 0.1],
         "cross_entropy_forward": [g, classes, b, 1, -100, 0.1],
         "cross_entropy_backward": [torch.ones(()), g, classes, -100],
-        "adam_": [*lists, step, 0.1, 0.9, 0.9, 0.1, 1e-8, False, False, None, None],
+        "adam_": [*lists, step, 0.1, 0.9, 0.9, 0.1, 1e-8, False, False, None, None, None],
         "sgd_": [*lists[:3], 0.1, 0.9, 0.1, 0.1, True, False, False, None, None],
         "adagrad_": [*lists[:3], step, 0.1, 0.1, 0.1, 1e-8, False, None, None],
         "adadelta_": [*lists, step, 0.1, 0.9, 1e-8, 0.1, False, None, None],

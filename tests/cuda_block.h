@@ -119,6 +119,21 @@ class Block {
     acquire(&warp_barrier_[current_ / 32]);
   }
 
+  // A barrier that says whether any of the threads was for it. The second wait is for the count's
+  // sake, and orders no memory.
+  bool any(bool mine) {
+    const auto count = [&](int votes) {
+      const Unwatched unwatched;
+      return votes_ += votes;
+    };
+    count(mine);
+    barrier();
+    const bool one = count(0) > 0;
+    wait(State::kAtBarrier);
+    count(-mine);
+    return one;
+  }
+
   // What each lane of the warp hands over. Orders no memory, as on a GPU.
   template <class T>
   std::array<T, 32> exchange(const T& mine) {
@@ -270,7 +285,7 @@ class Block {
   }
 
   const std::function<void()>* thread_ = nullptr;
-  int threads_ = 0, current_ = 0;
+  int threads_ = 0, current_ = 0, votes_ = 0;
   std::vector<std::unique_ptr<Fibre>> fibres_;
   unsigned char* shared_ = nullptr;
   unsigned char slots_[2][1024 * kSlot];

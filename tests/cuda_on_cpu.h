@@ -162,6 +162,7 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 
 inline void __syncthreads() { dlkernels::cuda::Block::get().barrier(); }
+inline int __syncthreads_or(int x) { return dlkernels::cuda::Block::get().any(x); }
 inline void __syncwarp(unsigned = 0xffffffffu) { dlkernels::cuda::Block::get().warp_barrier(); }
 
 template <class T>

@@ -88,7 +88,8 @@ struct Case {
       double z = relu ? bias.at(o) : 0, terms = 1;
       each_product(n, o, i, j, [&](int64_t a, int64_t w) { z += x.at(a) * weight.at(w), ++terms; });
       if (relu) z = std::fmax(0, z);
-      wrong += !close(y.at(at_y(n, o, i, j)), z, tolerance(terms, z));
+      const double got = y.at(at_y(n, o, i, j));
+      wrong += std::isinf(z) ? got != z : !close(got, z, tolerance(terms, z));
     });
     return wrong;
   }
@@ -232,6 +233,18 @@ const CudaTest direct_test("conv2d, direct", [] {
 const CudaTest gemm_test("conv2d, by matrices", [] {
   static int calls = 0;
   return in_turn(ConvWay::kGemm, calls++);
+});
+
+// An infinite pixel makes its outputs infinite, and no other.
+const CudaTest infinite_test("conv2d, an infinity", [] {
+  int wrong = 0;
+  for (const ConvWay way : {ConvWay::kDirect, ConvWay::kGemm}) {
+    Case<float> c({cuda::DType::kFloat32, 1, 4, 5, 1, axis(4, 3, 1, 1), axis(5, 2), true, true,
+                   /*allow_tf32=*/false, way});
+    c.x[9] = INFINITY;
+    wrong += c.forward(/*relu=*/false);
+  }
+  return wrong;
 });
 
 // A gradient's gathers meet each input, output and tap that belong together, once.

@@ -147,8 +147,9 @@ const CudaTest empty_test("gemm: nothing", [] {
   });
 });
 
-// Exact float32: an error that does not grow with K faster than float32's own, and no number that
-// hides an infinity or a NaN, even one whose bits rounding could turn into something else.
+// Exact float32: an error that does not grow with K faster than float32's own, infinities and NaNs
+// where float32 has them, even those whose bits rounding could turn into something else, and exact
+// numbers beside them.
 const CudaTest exact_test("gemm: float32 is float32", [] {
   constexpr int64_t K = 512;
   CudaBuffer<float> a(8 * K, 1), b(8 * K, 2), c(64);
@@ -161,6 +162,8 @@ const CudaTest exact_test("gemm: float32 is float32", [] {
                            .b = {b.data(), K, 1},
                            .c = c.data()};
   a[0] = INFINITY, a[K] = -INFINITY, a[2 * K] = NAN;
+  a[5 * K] = 0x1.fffffep127f, b[6 * K + 1] = INFINITY;
+  for (int i = 0; i < 8; ++i) b[i * K] = i % 2 ? 0.5f : 0.3f;  // without a small part, and with one
   const uint32_t odd_nans[] = {0x7fffffff, 0x7f800001};
   std::memcpy(&a[3 * K], &odd_nans[0], 4);
   std::memcpy(&a[4 * K], &odd_nans[1], 4);
@@ -169,10 +172,10 @@ const CudaTest exact_test("gemm: float32 is float32", [] {
     for (int64_t n = 0; n < 8; ++n) {
       double sum = 0;
       for (int64_t k = 0; k < K; ++k) sum += double{a[m * K + k]} * b[n * K + k];
-      const float got = c[m * 8 + n];
-      wrong += std::isinf(sum)
-                   ? std::isfinite(got)
-                   : !close(got, sum, kEps<float> * std::sqrt(double{K}) * std::fabs(sum));
+      const auto exact = static_cast<float>(sum);
+      const double allowed =
+          std::isfinite(exact) ? kEps<float> * std::sqrt(double{K}) * std::fabs(sum) : 0;
+      wrong += !close(c[m * 8 + n], exact, allowed);
     }
   return wrong;
 });

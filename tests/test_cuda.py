@@ -2,10 +2,12 @@
 Without one, but with a CUDA build of PyTorch: the same samples as FakeTensors, for their shapes."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +21,7 @@ import test_max_pool2d
 import test_mlp
 import test_relu
 from common import check, convert, steps
+from optim_table import ADAM
 
 NO_KERNELS = dlkernels.info()["cuda_reason"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,28 +74,29 @@ op = pytest.mark.parametrize("op", OPS)
 
 
 class Ops(TorchDispatchMode):
-    """Collects the names of the ops that run inside."""
+    """Collects the ops that run inside: their names, and with their arguments."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names, self.calls = set(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.name().partition("::")[2].partition(".")[0])
+        self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+def fake(x):
+    """As x on CUDA, under FakeTensorMode."""
+    empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    return empty.requires_grad_(x.requires_grad)
 
 
 @fakes
 @op
 @dtype
 def test_fake(op, dtype):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     f, g, samples, _ = OPS[op]
-
-    def fake(x):
-        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-        return empty.requires_grad_(x.requires_grad)
 
     for args, kwargs in samples:
         args, kwargs = convert((args, kwargs), lambda x: x.to(dtype))
@@ -116,6 +120,67 @@ def test_fake(op, dtype):
         # Of ours as a whole, and none of PyTorch's in its place.
         assert any(name.startswith(op.removesuffix("_relu")) for name in ran.names)
         assert ran.names.isdisjoint({"addmm", "convolution", "max_pool2d_with_indices", "nll_loss"})
+
+
+def compiled_ops(f, args, kwargs):
+    """The names of our ops in the graph of f, compiled on these, without gradients: theirs would
+    be the engine's, which looks for a device."""
+    from torch._dynamo.backends.common import aot_autograd  # which takes seconds to import
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*args, **kwargs)
+    (graph,) = graphs
+    return set(re.findall(r"dlkernels\.(\w+)", graph.code))
+
+
+@fakes
+@op
+def test_compile_fake(op):
+    f, _, samples, ran = OPS[op]
+    sample = next(s for s in samples if s[0][0].requires_grad and s[0][0].numel())
+    with FakeTensorMode():
+        args, kwargs = tree_map_only(torch.Tensor, fake, sample)
+        assert compiled_ops(f, args, kwargs) == {op}
+        y = f(*args, **kwargs)
+        with torch.no_grad(), Ops() as backward:
+            y.grad_fn(torch.empty_like(y))
+        ((func, inputs),) = [call for call in backward.calls if "dlkernels" in call[0].name()]
+        assert compiled_ops(func, inputs, {}) == {f"{ran[-1]}_backward"}
+
+
+@fakes
+def test_compile_fake_adam():
+    scalars = ADAM.defaults | {"device_lr": torch.ones(()), "found_inf": torch.zeros(())}
+    lists = ADAM.group(torch.randn(5), torch.randn(3, 2))
+    with FakeTensorMode():
+        lists, scalars = tree_map_only(torch.Tensor, fake, (lists, scalars))
+        assert compiled_ops(torch.ops.dlkernels.adam_.default, lists, scalars) == {"adam_"}
+
+
+@fakes
+@op
+def test_older_device(op):
+    """Products, which need compute capability 8.0, are PyTorch's there; all else is ours."""
+    f, _, samples, _ = OPS[op]
+    product = op.startswith(("linear", "mlp", "conv2d"))
+    dlkernels._C.set_cuda_capability(0, 75)
+    try:
+        args, kwargs = samples[len(samples) // 2]
+        with FakeTensorMode(), torch.no_grad():
+            args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+            with Ops() as ran:
+                f(*args, **kwargs)
+    finally:
+        dlkernels._C.set_cuda_capability(0, 0)
+    names = {func.name().partition(".")[0] for func, _ in ran.calls}
+    assert (f"dlkernels::{op}" in names) != product
 
 
 # ---- with a GPU -----------------------------------------------------------------------------
@@ -293,6 +358,17 @@ def test_tensors_of_two_devices_are_refused():
 def test_reason_is_told():
     info = dlkernels.info()
     assert info["cuda"] == (not info["cuda_reason"])
+
+
+def test_info_on_an_older_device(monkeypatch):
+    monkeypatch.setattr(dlkernels._cuda, "REASON", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    kernels = {op: devices["cuda"] for op, devices in dlkernels.info()["kernels"].items()}
+    for op in ("linear", "mlp", "conv2d_relu_max_pool2d"):
+        assert "cuda:0: our kernel needs compute capability 8.0" in kernels[op]["float16"]
+    for op in ("relu", "max_pool2d", "cross_entropy", "adam_"):
+        assert kernels[op]["float16"] == "yes"
 
 
 def test_a_graphed_step_on_the_cpu_is_the_step():

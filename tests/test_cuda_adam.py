@@ -84,6 +84,24 @@ def test_captured_steps_are_the_steps():
     assert_equal_states(plain, captured)
 
 
+def test_lr_on_the_device():
+    """It is read there: a captured step follows a schedule."""
+    lr = torch.tensor(0.01, device="cuda")
+    torchs, mine = optimizers(lr=lr, capturable=True)
+    for seed in range(2):
+        step(*torchs, seed)
+        with calls(["adam_"]):
+            step(*mine, seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine[1].step()
+    for rate in (0.1, 0.001):
+        lr.fill_(rate)
+        graph.replay()
+        torchs[1].step()
+    assert_equal_states(torchs, mine)
+
+
 def test_a_target_that_is_no_class():
     x = torch.randn(4, 3, device="cuda", requires_grad=True)
     bad, good = torch.tensor([0, 1, 3, 2], device="cuda"), torch.tensor([0, 1, 1, 2], device="cuda")

@@ -195,6 +195,17 @@ def test_functional():
         functional_adam_(lists)
 
 
+def test_device_lr():
+    """It replaces lr, on our kernel and on PyTorch's ops."""
+    for dtype, path in ((torch.float32, "kernels"), (torch.float64, "torchs")):
+        lists = cast(ADAM, ADAM.group(torch.randn(5), torch.randn(3, 2)), dtype)
+        got, expected = copy.deepcopy(lists), copy.deepcopy(lists)
+        with calls(**{path: ["adam_"]}):
+            ADAM(got, {"lr": 7.0}, device_lr=torch.tensor([0.5]))
+        ADAM(expected, {"lr": 0.5})
+        assert all(torch.equal(*pair) for pair in zip(flat(got), flat(expected)))
+
+
 @ops
 def test_opcheck(op):
     f = getattr(torch.ops.dlkernels, op.name).default

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import calls
-from optim_table import RMSPROP, SGD, flat, ops
+from optim_table import ADAM, RMSPROP, SGD, flat, ops
 
 
 @ops
@@ -88,16 +88,25 @@ def op_list(op, which):
     return getattr(torch.ops.dlkernels, op.name).default._schema.arguments[which].name
 
 
+BAD_SCALARS = (
+    torch.ones(2),
+    torch.ones(0),
+    torch.ones(1).to_sparse(),
+    torch.ones((), device="meta"),
+)
+
+
+def test_bad_device_lr():
+    for scalar in BAD_SCALARS:
+        with pytest.raises(RuntimeError, match="adam_: device_lr"):
+            ADAM(ADAM.group(torch.randn(7)), device_lr=scalar)
+
+
 @ops
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 def test_bad_scalars(op, name):
     lists = op.group(torch.randn(7))
-    for scalar in (
-        torch.ones(2),
-        torch.ones(0),
-        torch.ones(1).to_sparse(),
-        torch.ones((), device="meta"),
-    ):
+    for scalar in BAD_SCALARS:
         with pytest.raises(RuntimeError, match=f"{op}: {name}"):
             op(lists, **{name: scalar})
     with pytest.raises(RuntimeError, match=r"grads|single memory location"):

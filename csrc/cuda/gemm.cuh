@@ -59,6 +59,19 @@ struct Accumulators {
   static constexpr int kI = Tile::kWarpM / 16, kJ = Tile::kWarpN / 8;
   float c[kI][kJ][4] = {};
   float sums[kSums ? kI : 1][1][4] = {};
+
+  __device__ bool finite() const {
+    float zero = 0;
+#pragma unroll
+    for (int i = 0; i < kI; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) zero += 0 * c[i][j][k];
+        if constexpr (kSums) zero += 0 * sums[i][0][k];
+      }
+    return zero == 0;
+  }
 };
 
 // Two of T, or a float, that are 1.
@@ -72,7 +85,7 @@ template <Math kMath, class T, class Acc, class A, class B>
 __device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsigned char* a_tile,
                                               const B& b, const unsigned char* b_tile, bool sums) {
   // Unrolled further, exact float32 would need more registers than there are.
-  constexpr bool kExactFloat = sizeof(T) == 4 && kMath == Math::kExact;
+  constexpr bool kExactFloat = sizeof(T) == 4 && kMath != Math::kTF32;
   [[maybe_unused]] constexpr int kUnroll = kExactFloat ? 1 : 4;
 #pragma unroll kUnroll
   for (int part = 0; part < 4; ++part) {
@@ -163,8 +176,8 @@ __device__ __forceinline__ void put_sums(const Acc& acc, const Output<T>& out, c
 
 // Steps [begin, end) of a tile's sums, from rows m0 of A and n0 of B on.
 template <class Tile, Math kMath, class A, class B, class Acc>
-__device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, int64_t m0,
-                                              int64_t n0, int begin, int end, bool sums) {
+__device__ __forceinline__ void multiply_steps(Acc& acc, const A& a, const B& b, int64_t m0,
+                                               int64_t n0, int begin, int end, bool sums) {
   using T = typename A::T;
   constexpr int kStep = 128 / sizeof(T), kAhead = Tile::kStages - 1;
   unsigned char* shared = shared_memory();
@@ -195,6 +208,18 @@ __device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, 
     }
   }
   wait_copies<0>();
+}
+
+// The same, and with care where some sum of the block is not finite, which is seldom.
+template <class Tile, Math kMath, class A, class B, class Acc>
+__device__ __forceinline__ void multiply_tile(Acc& acc, const A& a, const B& b, int64_t m0,
+                                              int64_t n0, int begin, int end, bool sums) {
+  multiply_steps<Tile, kMath>(acc, a, b, m0, n0, begin, end, sums);
+  if constexpr (sizeof(typename A::T) == 4 && kMath == Math::kExact)
+    if (__syncthreads_or(!acc.finite())) {
+      acc = {};
+      multiply_steps<Tile, Math::kCareful>(acc, a, b, m0, n0, begin, end, sums);
+    }
 }
 
 template <class Tile, Math kMath, class A, class B>

@@ -177,8 +177,8 @@ struct Matrix {
 // the sums of A(m, k) over k; bias, mask and row_sums may be null. Where A's rows are no lines of
 // memory (row = 1), as they must not be for row_sums, B's columns have to be lines, too (row = 1).
 // Fastest where data and lines are aligned to 16 bytes. float32 is as exact as float32's own
-// arithmetic (but where an operand is infinite, or beyond 0x1.ffep127, C may be NaN), or with
-// allow_tf32 a product of numbers cut to 10 bits of mantissa.
+// arithmetic, infinities included, or with allow_tf32 a product of numbers cut to 10 bits of
+// mantissa.
 struct Product {
   DType dtype = {};  // of all
   int64_t M = 0, N = 0, K = 0;

@@ -9,8 +9,9 @@
 namespace dlkernels::cuda {
 
 // How float32 is multiplied: in three products of TF32, which is as exact as float32's own, or in
-// one, where PyTorch's user allows it. The narrow types have only one way.
-enum class Math { kExact, kTF32 };
+// one, where PyTorch's user allows it. The narrow types have only one way. kExact gives NaN where
+// an operand is infinite or all but: kCareful does not, and takes longer.
+enum class Math { kExact, kCareful, kTF32 };
 
 // kM x kN of C by a block, kWarpM x kWarpN of it by a warp, with kStages steps of K under way.
 template <int M, int N, int WarpM, int WarpN, int Stages, int Blocks>
@@ -197,27 +198,45 @@ class Fragments {
   int offset_;
 };
 
+__device__ __forceinline__ bool is_infinite(uint32_t x) { return (x << 1) == 0xff000000; }
+
 // x = big + small: big is x rounded to TF32, and small has 12 bits, of which tensor cores drop the
-// last. What rounds to an infinity has no small part: inf - inf would make it a NaN.
+// last.
+template <Math kMath>
 __device__ __forceinline__ void split(uint32_t x, uint32_t& big, uint32_t& small) {
   big = (x + 0x1000) & ~0x1fffu;  // may turn a NaN to something else; small is one then
-  const float value = __uint_as_float(x);
-  const bool infinite = fabsf(value) >= 0x1.ffep127f;
-  small = infinite ? 0 : __float_as_uint(value - __uint_as_float(big));
+  if constexpr (kMath == Math::kCareful) {
+    small = 0;
+    if (is_infinite(x)) return;
+    if (is_infinite(big)) big = x & ~0x1fffu;
+  }
+  small = __float_as_uint(__uint_as_float(x) - __uint_as_float(big));
 }
+
+// What small parts are multiplied by: an infinity times 0, or one less another, would be NaN.
+template <Math kMath, int n>
+struct Factor {
+  uint32_t values[n];
+
+  __device__ __forceinline__ explicit Factor(const uint32_t (&big)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      values[i] = kMath == Math::kCareful && is_infinite(big[i]) ? 0 : big[i];
+  }
+};
 
 // c += a * b, kI x kJ products of 16x8; a(i) is a's fragment i, asked for just before its use, so
 // that it takes no registers before.
 template <class T, Math kMath, int kI, int kJ, class F>
 __device__ __forceinline__ void multiply_add(float (&c)[kI][kJ][4], const F& a_fragment,
                                              const uint32_t (&b)[kJ][2]) {
-  constexpr bool kSplit = sizeof(T) == 4 && kMath == Math::kExact;
+  constexpr bool kSplit = sizeof(T) == 4 && kMath != Math::kTF32;
   uint32_t big_b[kJ][2], small_b[kSplit ? kJ : 1][2];
 #pragma unroll
   for (int j = 0; j < kJ; ++j)
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      if constexpr (kSplit) split(b[j][k], big_b[j][k], small_b[j][k]);
+      if constexpr (kSplit) split<kMath>(b[j][k], big_b[j][k], small_b[j][k]);
 #pragma unroll
   for (int i = 0; i < kI; ++i) {
     uint32_t a[4];
@@ -225,14 +244,14 @@ __device__ __forceinline__ void multiply_add(float (&c)[kI][kJ][4], const F& a_f
     if constexpr (kSplit) {
       uint32_t big_a[4], small_a[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) split(a[k], big_a[k], small_a[k]);
+      for (int k = 0; k < 4; ++k) split<kMath>(a[k], big_a[k], small_a[k]);
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
         // Tensor cores round sums toward zero, which would add up over a long K: so each 8 of K are
         // summed there, small before big, and added here.
         float sum[4] = {};
-        multiply_add_16x8x8_tf32(sum, small_a, big_b[j]);
-        multiply_add_16x8x8_tf32(sum, big_a, small_b[j]);
+        multiply_add_16x8x8_tf32(sum, small_a, Factor<kMath, 2>(big_b[j]).values);
+        multiply_add_16x8x8_tf32(sum, Factor<kMath, 4>(big_a).values, small_b[j]);
         multiply_add_16x8x8_tf32(sum, big_a, big_b[j]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) c[i][j][k] += sum[k];

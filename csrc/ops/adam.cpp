@@ -14,11 +14,15 @@ struct Adam {
   static constexpr std::array kLists{"params", "grads", "exp_avgs", "exp_avg_sqs", "state_steps"};
   static constexpr auto kKernel = &cpu::Kernels::adam;
 
-  using Scalars = std::tuple<double, double, double, double, double, bool, bool>;
-  double lr, beta1, beta2, weight_decay, eps;
+  using Scalars = std::tuple<double, double, double, double, double, bool, bool, DeviceLr>;
+  double number_lr, beta1, beta2, weight_decay, eps;
   bool maximize, decoupled_weight_decay;
+  DeviceLr device_lr;  // in place of the number
+
+  double lr() const { return device_lr ? device_lr->item<double>() : number_lr; }
 
   cpu::AdamScalars scalars(double step) const {
+    const double lr = this->lr();
     return {.one_minus_beta1 = static_cast<float>(1 - beta1),
             .beta2 = static_cast<float>(beta2),
             .one_minus_beta2 = static_cast<float>(1 - beta2),
@@ -41,17 +45,18 @@ struct Adam {
     // Steps on the CPU are not counted where the device finds an infinity: this waits for it.
     if (!on_device && a.found_inf && a.found_inf->item<double>() != 0) return true;
     const Tensor found_inf = on_device ? number(a.found_inf) : Tensor();
+    const Tensor lr_there = on_device ? number(device_lr) : Tensor();
     const auto pointer = [](const Tensor& t) {
       return t.defined() ? t.const_data_ptr<float>() : nullptr;
     };
-    const cuda::AdamOptions options = {.lr = lr,
+    const cuda::AdamOptions options = {.lr = lr_there.defined() ? 0 : lr(),
                                        .beta1 = beta1,
                                        .beta2 = beta2,
                                        .weight_decay = weight_decay,
                                        .eps = eps,
                                        .maximize = maximize,
                                        .decoupled_weight_decay = decoupled_weight_decay,
-                                       .device_lr = nullptr,
+                                       .device_lr = pointer(lr_there),
                                        .grad_scale = pointer(grad_scale),
                                        .found_inf = pointer(found_inf)};
     for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
@@ -79,6 +84,7 @@ struct Adam {
   // torch.optim.adam._single_tensor_adam
   void step_torch(const Tensor& p, const Tensor& g, const std::array<Tensor, 2>& states,
                   double step) const {
+    const double lr = this->lr();
     const auto& [m, v] = states;
     if (decoupled_weight_decay) scale_(p, 1 - lr * weight_decay);
     m.lerp_(g, 1 - beta1);
@@ -92,11 +98,12 @@ struct Adam {
 
 TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   // grads are written where grad_scale is given: they are left unscaled, as by torch._fused_adam_.
+  // device_lr replaces lr: with steps on the device nothing waits for it.
   m.def(
       "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1, float beta2, "
       "float weight_decay, float eps, bool maximize, bool decoupled_weight_decay, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "Tensor? device_lr=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   OptimOp<Adam>::register_in(m);
 }
 

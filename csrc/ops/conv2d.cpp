@@ -238,7 +238,7 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
   check_device(kName<kRelu>, input, bias);
   return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
          same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
-         fits_cuda(input, weight, stride, padding, dilation);
+         fits_cuda(input, weight, stride, padding, dilation) && has_products(input.device());
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------

@@ -109,7 +109,8 @@ bool ours(const Args& args, const Tensor& input, const Tensor& weight,
   check_device(pooling().op, input, bias);
   return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
          same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
-         conv::fits_cuda(input, weight, args.stride, args.padding, args.dilation);
+         conv::fits_cuda(input, weight, args.stride, args.padding, args.dilation) &&
+         has_products(input.device());
 }
 
 // ---- shapes -------------------------------------------------------------------------------

@@ -38,20 +38,35 @@ inline cuda::DType cuda_dtype(at::ScalarType type) {
 }
 inline cuda::DType cuda_dtype(const Tensor& t) { return cuda_dtype(t.scalar_type()); }
 
-// The kernels are built for tensor cores that know bfloat16 and for asynchronous copies.
-inline void check_capability(const char* op, c10::Device device, const cuda::Kernels& kernels) {
-  static std::array<std::atomic<int>, 256> known{};  // it costs a call of the driver
-  std::atomic<int>& capability = known[static_cast<uint8_t>(device.index())];
-  if (capability == 0) capability = kernels.capability(device.index());
-  TORCH_CHECK(capability >= 80, op, ": the CUDA kernels of dlkernels need compute capability 8.0 ",
-              "or later, ", device, " has ", capability / 10, ".", capability % 10);
+// A device's compute capability, as 90; 0 where it cannot be told, as there is no GPU. It is kept,
+// because it costs a call of the driver.
+inline std::atomic<int>& capability(c10::DeviceIndex device) {
+  static std::array<std::atomic<int>, 256> known{};
+  std::atomic<int>& capability = known[static_cast<uint8_t>(device)];
+  if (const cuda::Kernels* kernels = cuda_kernels; kernels && capability == 0)
+    capability = kernels->capability(device);
+  return capability;
+}
+
+// Whether products of matrices are ours there: they are built for tensor cores that know bfloat16
+// and for asynchronous copies. Older devices have PyTorch's, which is said once.
+inline bool has_products(c10::Device device) {
+  if (!device.is_cuda()) return true;
+  const int found = capability(device.index());
+  if (found == 0 || found >= 80) return true;
+  TORCH_WARN_ONCE("dlkernels leaves products of matrices and convolutions to PyTorch's own ops on ",
+                  device, ": they need compute capability 8.0, it has ", found / 10, ".",
+                  found % 10);
+  return false;
 }
 
 // f(kernels, stream) with the device of `t` and its current stream; what it returns is an error.
 template <class F>
 void launch(const char* op, const Tensor& t, const F& f) {
   const cuda::Kernels& kernels = *cuda_kernels.load(std::memory_order_relaxed);
-  check_capability(op, t.device(), kernels);
+  const int found = capability(t.device().index());
+  TORCH_CHECK(found >= 75, op, ": the CUDA kernels of dlkernels need compute capability 7.5 or ",
+              "later, ", t.device(), " has ", found / 10, ".", found % 10);
   const c10::DeviceGuard guard(t.device());
   const cuda::Error error = f(kernels, current_stream(t.device().index()));
   TORCH_CHECK(error == 0, op, ": CUDA error ", error, ": ", kernels.error_string(error));

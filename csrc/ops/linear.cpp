@@ -51,7 +51,8 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
   check_device(kName<kRelu>, input, bias);
   return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
          same_dtype(input, bias) && input.dim() >= 1 && weight.dim() == 2 &&
-         (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1)));
+         (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1))) &&
+         has_products(input.device());
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------

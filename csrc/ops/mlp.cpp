@@ -60,7 +60,7 @@ bool ours(const Tensor& input, at::TensorList weights, at::TensorList biases) {
   for (const Tensor& b : biases) one(b, 1);
   for (size_t i = 0; ok && i < biases.size(); ++i)  // one that broadcasts is PyTorch's
     ok = biases[i].sym_size(0) != 1 || weights[i].sym_size(0) == 1;
-  return ok;
+  return ok && has_products(input.device());
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------

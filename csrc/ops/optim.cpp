@@ -61,6 +61,7 @@ void check_lists(const OptimLists& a) {
   }
   if (a.grad_scale) check_scalar(a, "grad_scale", *a.grad_scale);
   if (a.found_inf) check_scalar(a, "found_inf", *a.found_inf);
+  if (a.device_lr) check_scalar(a, "device_lr", *a.device_lr);
 }
 
 void check_no_grad(const OptimLists& a) {

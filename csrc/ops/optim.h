@@ -26,7 +26,7 @@ struct OptimLists {
   };
   const char* op;
   std::vector<List> lists;
-  const optional<Tensor>&grad_scale, &found_inf;
+  const optional<Tensor>&grad_scale, &found_inf, &device_lr;
 
   at::TensorList params() const { return lists[0].tensors; }
   at::TensorList grads() const { return lists[1].tensors; }
@@ -37,7 +37,8 @@ struct OptimLists {
     for (const List& list : lists)
       for (const Tensor& t : list.tensors)
         if (!is(t)) return false;
-    return (!grad_scale || is(*grad_scale)) && (!found_inf || is(*found_inf));
+    return (!grad_scale || is(*grad_scale)) && (!found_inf || is(*found_inf)) &&
+           (!device_lr || is(*device_lr));
   }
 };
 
@@ -105,8 +106,8 @@ inline const Tensor& scale_(const Tensor& x, double factor) {
 // An optimizer's op by its name, for lists and scalars that come from Python.
 struct OptimCall {
   using Call = void (*)(const std::vector<std::vector<Tensor>>& lists,
-                        const std::vector<double>& scalars, const optional<Tensor>& grad_scale,
-                        const optional<Tensor>& found_inf);
+                        const std::vector<double>& scalars, const optional<Tensor>& device_lr,
+                        const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf);
   OptimCall(const char* name, Call call, bool cuda)
       : name(name), call(call), cuda(cuda), next(first) {
     first = this;
@@ -123,10 +124,12 @@ struct OptimCall {
 
 template <size_t>
 using TensorListArgument = at::TensorList;
+using DeviceLr = const optional<Tensor>&;
 
 // Optimizer is what the frame does not know, with the op's scalars as its fields, in their order:
 //   kName, kLists   the op's and its lists' names
-//   Scalars         std::tuple of the types of the fields
+//   Scalars         std::tuple of the types of the fields: numbers, and after them DeviceLr where
+//                   the learning rate may be a tensor, the field device_lr
 //   kKernel         its member of cpu::Kernels
 //   scalars(step)   what that takes, worked out in double
 //   step_torch(param, grad, states, step)  PyTorch's own, for what is not ours
@@ -147,6 +150,7 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
   static constexpr size_t kStates = kLists - 2 - kCounts;
   static constexpr bool kCuda =
       requires(const Optimizer& o, const OptimLists& a) { o.step_cuda(a); };
+  static constexpr bool kDeviceLr = (std::is_same_v<S, DeviceLr> || ...);
   inline static OpStats stats{kName};
 
   static OptimLists gather(const Optimizer& o, TensorListArgument<L>... lists,
@@ -155,11 +159,15 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
       if constexpr (requires { o.wants(list); }) return o.wants(list);
       return true;
     };
+    static const optional<Tensor> none;
+    const optional<Tensor>* device_lr = &none;
+    if constexpr (kDeviceLr) device_lr = &o.device_lr;
     return {kName,
             {{Optimizer::kLists[L], lists, wanted(L), L != 1 || grad_scale,
               kCounts && L == kLists - 1}...},
             grad_scale,
-            found_inf};
+            found_inf,
+            *device_lr};
   }
 
   // L2 weight decay, which is added to the gradient.
@@ -247,13 +255,20 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
   }
 
   static void from_python(const std::vector<std::vector<Tensor>>& lists,
-                          const std::vector<double>& scalars, const optional<Tensor>& grad_scale,
-                          const optional<Tensor>& found_inf) {
-    TORCH_CHECK(lists.size() == kLists && scalars.size() == sizeof...(S), kName, ": expected ",
-                kLists, " lists and ", sizeof...(S), " scalars, got ", lists.size(), " and ",
-                scalars.size());
+                          const std::vector<double>& scalars, const optional<Tensor>& device_lr,
+                          const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
+    constexpr size_t kScalars = sizeof...(S) - kDeviceLr;
+    TORCH_CHECK(lists.size() == kLists && scalars.size() == kScalars && (kDeviceLr || !device_lr),
+                kName, ": expected ", kLists, " lists and ", kScalars, " scalars, got ",
+                lists.size(), " and ", scalars.size(), device_lr ? ", and a tensor as lr" : "");
+    const auto argument = [&]<class T>(std::type_identity<T>, size_t i) -> T {
+      if constexpr (std::is_same_v<T, DeviceLr>)
+        return device_lr;
+      else
+        return static_cast<T>(scalars[i]);
+    };
     [&]<size_t... I>(std::index_sequence<I...>) {
-      redispatch(lists[L]..., static_cast<S>(scalars[I])..., grad_scale, found_inf);
+      redispatch(lists[L]..., argument(std::type_identity<S>(), I)..., grad_scale, found_inf);
     }(std::index_sequence_for<S...>{});
   }
 

@@ -91,15 +91,11 @@ Found collect(PyObject* params, const pybind11::tuple& keys, bool cuda, States& 
   return twice ? Found::kNotOurs : found;
 }
 
-// A number that is finite in float32, too; a tensor where it is the learning rate. What a group was
-// given by hand, PyTorch has not checked yet.
-optional<double> number(PyObject* object, bool is_lr) {
+// A number that is finite in float32, too. What a group was given by hand, PyTorch has not checked
+// yet.
+optional<double> number(PyObject* object) {
   double x = 0;
-  if (is_lr && THPVariable_CheckExact(object)) {
-    const Tensor& t = THPVariable_Unpack(object);
-    if (t.is_complex() || t.numel() != 1 || t.requires_grad()) return std::nullopt;
-    x = t.item<double>();
-  } else if (PyFloat_Check(object)) {
+  if (PyFloat_Check(object)) {
     x = PyFloat_AS_DOUBLE(object);
   } else if (PyLong_Check(object) && !PyBool_Check(object)) {
     x = PyLong_AsDouble(object);
@@ -110,20 +106,37 @@ optional<double> number(PyObject* object, bool is_lr) {
   return std::abs(x) < 1e38 ? optional(x) : std::nullopt;
 }
 
-// Nothing where one of the numbers is none. Options may be anything that is true or false.
-std::vector<double> collect_scalars(const pybind11::tuple& numbers,
-                                    const pybind11::tuple& options) {
-  std::vector<double> scalars;
-  scalars.reserve(numbers.size() + options.size());
+struct Scalars {
+  std::vector<double> values;  // none where one of the numbers is none
+  optional<Tensor> device_lr;  // in place of the first of them
+};
+
+// lr may be a tensor. One on the device is read there, so that a step can be captured. Options may
+// be anything that is true or false.
+Scalars collect_scalars(const pybind11::tuple& numbers, const pybind11::tuple& options,
+                        bool on_device) {
+  Scalars scalars;
+  scalars.values.reserve(numbers.size() + options.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
-    const auto x = number(PyTuple_GET_ITEM(numbers.ptr(), i), /*is_lr=*/i == 0);
+    PyObject* const object = PyTuple_GET_ITEM(numbers.ptr(), i);
+    optional<double> x;
+    if (i == 0 && THPVariable_CheckExact(object)) {
+      const Tensor& lr = THPVariable_Unpack(object);
+      if (lr.is_complex() || lr.numel() != 1 || lr.requires_grad()) return {};
+      if (on_device && lr.is_cuda())
+        scalars.device_lr = lr, x = 0;
+      else if (const double value = lr.item<double>(); std::abs(value) < 1e38)
+        x = value;
+    } else {
+      x = number(object);
+    }
     if (!x) return {};
-    scalars.push_back(*x);
+    scalars.values.push_back(*x);
   }
   for (size_t i = 0; i < options.size(); ++i) {
     const int is_true = PyObject_IsTrue(PyTuple_GET_ITEM(options.ptr(), i));
     if (is_true < 0) throw pybind11::error_already_set();
-    scalars.push_back(is_true);
+    scalars.values.push_back(is_true);
   }
   return scalars;
 }
@@ -147,14 +160,15 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
       if (!t) return pybind11::bool_(false);
       scales[i] = *t;
     }
-  std::vector<std::pair<Lists, std::vector<double>>> all;
+  std::vector<std::pair<Lists, Scalars>> all;
   States states = {state.ptr()};
   bool complete = true;
   for (const auto& [params, keys, numbers, options] : groups) {
-    auto& [lists, scalars] = all.emplace_back(2 + keys.size(), collect_scalars(numbers, options));
-    if (scalars.empty()) return pybind11::bool_(false);
+    auto& [lists, scalars] = all.emplace_back(2 + keys.size(), Scalars());
     const Found found = collect(params.ptr(), keys, step.cuda, states, lists);
     if (found == Found::kNotOurs) return pybind11::bool_(false);
+    scalars = collect_scalars(numbers, options, !lists[0].empty() && lists[0][0].is_cuda());
+    if (scalars.values.empty()) return pybind11::bool_(false);
     complete &= found == Found::kAll;
   }
   if (!complete) return pybind11::none();
@@ -162,7 +176,8 @@ pybind11::object optim_step(const std::string& op, const pybind11::dict& state,
     const pybind11::gil_scoped_release no_gil;
     const at::NoGradGuard no_grad;
     for (const auto& [lists, scalars] : all)
-      if (!lists[0].empty()) step.call(lists, scalars, scales[0], scales[1]);
+      if (!lists[0].empty())
+        step.call(lists, scalars.values, scalars.device_lr, scales[0], scales[1]);
   }
   return pybind11::bool_(true);
 }

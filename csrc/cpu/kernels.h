@@ -194,9 +194,10 @@ struct Kernels {
   void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                    const GemmPart& part);
 
-  // The ways to compute a convolution. Depthwise is for few channels a group. Winograd's, by tiles of 4x4 or 2x2 outputs, need windows of
-  // 3x3, stride, dilation and up 1, one group. 4x4 is the fastest for 16 channels and more, and
-  // rounds most: RMS 2 to 4 times that of the direct sum, where 2x2 rounds as that does.
+  // The ways to compute a convolution. Depthwise is for few channels a group. Winograd's, by tiles
+  // of 4x4 or 2x2 outputs, need windows of 3x3, stride, dilation and up 1, one group. 4x4 is the
+  // fastest for 16 channels and more, and rounds most: RMS 2 to 4 times that of the direct sum,
+  // where 2x2 rounds as that does.
   Conv2dKernels conv2d, depthwise, winograd_4x4, winograd_2x2;
 
   // y[i] = sum_r x[r * n + i], in order

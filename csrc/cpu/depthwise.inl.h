@@ -5,36 +5,33 @@
 
 // How blocks are cut, and what a thread has in scratch.
 struct DepthwiseCut {
-  int64_t c, k;   // channels a group
-  int64_t chunk;  // groups that are done together: in channels_last, some lines of each pixel
-  Cut cut;
-  int64_t x_pitch, g_pitch, g, rows, temp, biases, floats;
+  int64_t c, k;      // channels a group
+  Cut cut;           // for one panel
+  int64_t g_floats;  // of its gradient
+  int64_t chunk;     // groups that are done together
+  int64_t row_pitch, g, rows, temp, biases, floats;
 
-  explicit DepthwiseCut(const Conv2d& v)
-      : c(v.x.C / v.groups), k(v.K / v.groups), chunk(chunk_of(v)), cut(part(v, chunk)) {
-    x_pitch = pitch(c), g_pitch = pitch(k);
-    const int64_t cols = Span(v.w, 0, cut.cols).size();
-    g = Span(v.h, 0, cut.rows).size() * cols * x_pitch + kTileCols;
-    rows = g + cut.rows * cut.cols * g_pitch + kTileCols;
-    temp = rows + 3 * cut.cols * g_pitch + kTileCols;
-    biases = temp + most(c * cols, k * cut.cols) * round_up(chunk, kTileCols);
-    floats = biases + k * round_up(chunk, kTileCols);
+  explicit DepthwiseCut(const Conv2d& v) : c(v.x.C / v.groups), k(v.K / v.groups), cut(panel(v)) {
+    // In channels_last as many as L2 holds: short runs of memory are slow (32 channels of 960 at a
+    // time, instead of 64, took 2 to 3 times as long).
+    constexpr int64_t kFloats = 1 << 16;
+    g_floats = cut.rows * cut.cols * k * kTileCols;
+    const int64_t panels = ceil_div(v.groups, kTileCols);
+    const int64_t fit = v.x.sc == 1 ? kFloats / (cut.x_floats + g_floats) : 1;
+    const int64_t together = least(panels, most(1, fit));
+    chunk = together * kTileCols;
+    row_pitch = k * chunk;
+    g = together * cut.x_floats;
+    rows = g + together * g_floats;
+    temp = rows + 3 * cut.cols * row_pitch;
+    biases = temp + most(c * Span(v.w, 0, cut.cols).size() * kTileCols, cut.cols * row_pitch);
+    floats = biases + row_pitch;
   }
 
  private:
-  static int64_t chunk_of(const Conv2d& v) {
-    constexpr int64_t kLines = 64;  // floats
-    if (v.x.sc != 1) return least(v.groups, kTileCols);
-    const int64_t panels = ceil_div(v.groups, kTileCols);
-    const int64_t chunks = ceil_div(panels, most(1, kLines / kTileCols));
-    return least(v.groups, ceil_div(panels, chunks) * kTileCols);
-  }
-  static Conv2d part(Conv2d v, int64_t chunk) {
-    v.x.C = v.x.C / v.groups * chunk, v.K = v.K / v.groups * chunk;
+  static Conv2d panel(Conv2d v) {
+    v.x.C = v.x.C / v.groups * kTileCols, v.K = v.K / v.groups * kTileCols;
     return v;
-  }
-  int64_t pitch(int64_t each) const {
-    return each == 1 ? chunk : each * round_up(chunk, kTileCols);
   }
 };
 
@@ -77,21 +74,18 @@ static void depthwise_unpack(const Conv2d& v, const float* sums, const Filter& f
   });
 }
 
-// (pixels, groups, each) to (pixels, panels, each, kTileCols), or back: a pixel every from_pitch
-// and to_pitch floats.
-static void split_groups(const float* from, int64_t from_pitch, int64_t pixels, int64_t groups,
-                         int64_t each, float* to, int64_t to_pitch) {
+// (pixels, groups, each) to (pixels, panels, each, kTileCols), or that back, a pixel every `pitch`
+// floats.
+static void split_groups(const float* from, int64_t pitch, int64_t pixels, int64_t groups,
+                         int64_t each, float* to, bool back = false) {
   for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t g = 0; g < groups; g += kTileCols)
-      transpose_copy({from}, p * from_pitch + g * each, each, least(groups - g, kTileCols), each,
-                     to + p * to_pitch + g * each, kTileCols);
-}
-static void join_groups(const float* from, int64_t pitch, int64_t pixels, int64_t groups,
-                        int64_t each, float* to) {
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t g = 0; g < groups; g += kTileCols)
-      transpose_copy({from}, p * pitch + g * each, kTileCols, each, least(groups - g, kTileCols),
-                     to + p * pitch + g * each, each);
+    for (int64_t g = 0; g < groups; g += kTileCols) {
+      const int64_t at = p * pitch + g * each, lanes = least(groups - g, kTileCols);
+      if (back)
+        transpose_copy({from}, at, kTileCols, each, lanes, to + at, each);
+      else
+        transpose_copy({from}, at, each, lanes, each, to + at, kTileCols);
+    }
 }
 
 // c[r, v] += sum_k a[r * row + k * col, v] * b[k * step, v]
@@ -123,15 +117,17 @@ static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block&
                           const float* weight, int64_t groups, const float* bias, int64_t h,
                           float* y, int64_t y_step) {
   const Taps th = b.rows.taps(h);
-  const int64_t x_row = b.cols.size() * cut.x_pitch, x_step = b.cols.output_step() * cut.x_pitch;
+  const int64_t pixel = cut.c * kTileCols;
+  const int64_t x_row = b.cols.size() * pixel, x_step = b.cols.output_step() * pixel;
   for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
     const Taps tw = b.cols.taps(w);
     const int64_t taps_h = tw.count ? th.count : 0;
-    const float* const first = x + th.at * x_row + tw.at * cut.x_pitch;
+    const float* const first = x + th.at * x_row + tw.at * pixel;
     const float* taps = weight + (th.first * v.w.taps + tw.first) * kTileCols;
     for (int64_t g = 0; g < groups; g += kTileCols)
       for (int64_t j = 0; j < cut.k; ++j, taps += cut.c * v.h.taps * v.w.taps * kTileCols) {
         const int64_t at = g * cut.k + j * kTileCols, lanes = least(groups - g, kTileCols);
+        const float* const panel = first + g / kTileCols * cut.cut.x_floats;
         const GemmOutput out = {.c = y + (w - b.w) * y_step + at,
                                 .row = v.w.up * y_step,
                                 .col_bias = bias ? bias + at : nullptr,
@@ -141,12 +137,10 @@ static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block&
                     Tile<R, V> tile;
                     for (int64_t i = 0; i < cut.c; ++i)
                       for (int64_t t = 0; t < taps_h; ++t)
-                        add_lanes(
-                            tile,
-                            first + o * x_step + g * cut.c + i * kTileCols + t * th.at_step * x_row,
-                            x_step, tw.at_step * cut.x_pitch,
-                            taps + (i * v.h.taps + t * th.step) * v.w.taps * kTileCols,
-                            tw.step * kTileCols, tw.count);
+                        add_lanes(tile, panel + o * x_step + i * kTileCols + t * th.at_step * x_row,
+                                  x_step, tw.at_step * pixel,
+                                  taps + (i * v.h.taps + t * th.step) * v.w.taps * kTileCols,
+                                  tw.step * kTileCols, tw.count);
                     tile.store(out, o, 0, lanes);
                   });
       }
@@ -162,24 +156,38 @@ __attribute__((always_inline)) static inline void expect_planes(const float* pla
     __builtin_prefetch(planes + channels * pitch + i);
 }
 
-// A block's inputs, groups [first, first + groups).
+// A run of columns from row h, column w on, groups [first, first + groups), `each` channels of
+// each: to[panel * floats + (column * each + i) * kTileCols + lane].
+static void load_groups(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols,
+                        int64_t step, int64_t first, int64_t groups, int64_t each, float* to,
+                        int64_t floats, float* temp) {
+  for (int64_t g = 0; g < groups; g += kTileCols, to += floats) {
+    const int64_t lanes = least(groups - g, kTileCols), pitch = each * kTileCols;
+    if (each == 1) {  // a pitch that the compiler knows
+      load_row(x, n, h, w, cols, step, first + g, lanes, kTileCols, to);
+    } else {
+      load_row(x, n, h, w, cols, step, (first + g) * each, lanes * each, pitch, temp);
+      split_groups(temp, pitch, cols, lanes, each, to);
+    }
+  }
+}
+
+// A block's inputs.
 static void depthwise_load(const Images& images, const DepthwiseCut& cut, const Block& b,
                            int64_t first, int64_t groups, float* x, float* temp) {
-  const int64_t run = b.cols.run;
   expect_planes(images.data + b.n * images.sn + first * cut.c * images.sc, images.sc,
                 groups * cut.c);
   b.each_run([&](int64_t h, int64_t w) {
-    load_row(images, b.n, h, w, run, b.cols.step, first * cut.c, groups * cut.c, cut.x_pitch,
-             cut.c > 1 ? temp : x);
-    if (cut.c > 1) split_groups(temp, cut.x_pitch, run, groups, cut.c, x, cut.x_pitch);
-    x += run * cut.x_pitch;
+    load_groups(images, b.n, h, w, b.cols.run, b.cols.step, first, groups, cut.c, x,
+                cut.cut.x_floats, temp);
+    x += b.cols.run * cut.c * kTileCols;
   });
 }
 
 static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                       int64_t panel_begin, int64_t panel_end, float* scratch) {
   const DepthwiseCut cut(v);
-  const int64_t k = cut.k, pool = v.argmax ? 2 : 1, pitch = cut.g_pitch;
+  const int64_t k = cut.k, pool = v.argmax ? 2 : 1, pitch = cut.row_pitch;
   float *const rows = scratch + cut.rows, *const temp = scratch + cut.temp;
   const int64_t last = least(panel_end * kTileCols, v.groups);
   for (int64_t n = begin; n < end; ++n) {
@@ -192,7 +200,7 @@ static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64
       expect_planes(v.y + b.n * v.yn + g * k * v.yc, v.yc, groups * k);
       const float* bias = v.bias ? v.bias + g * k : nullptr;
       if (bias && k > 1) {
-        split_groups(bias, 0, 1, groups, k, scratch + cut.biases, 0);
+        split_groups(bias, 0, 1, groups, k, scratch + cut.biases);
         bias = scratch + cut.biases;
       }
       for (int64_t h = b.h; h < b.h_end; h += pool) {
@@ -204,7 +212,7 @@ static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64
         for (int64_t r = 0; r < pool; ++r) {
           float* const row = rows + r * cols * pitch;
           depthwise_row(v, cut, b, scratch, taps, groups, bias, h + r, k > 1 ? temp : row, pitch);
-          if (k > 1) join_groups(temp, pitch, cols, groups, k, row);
+          if (k > 1) split_groups(temp, pitch, cols, groups, k, row, true);
         }
         store_row(v, b.n, h, b.w, cols, g * k, groups * k, rows, rows + cols * pitch, pitch,
                   rows + 2 * cols * pitch);
@@ -218,7 +226,7 @@ static void depthwise_grad_weight(const Conv2d& v, const Images& grad_y, int64_t
                                   int64_t panel_begin, int64_t panel_end, float* sums,
                                   float* bias_sums, float* scratch) {
   const DepthwiseCut cut(v);
-  const int64_t c = cut.c, k = cut.k, x_pitch = cut.x_pitch, g_pitch = cut.g_pitch;
+  const int64_t c = cut.c, k = cut.k, x_pitch = c * kTileCols, g_pitch = k * kTileCols;
   float *const g_block = scratch + cut.g, *const temp = scratch + cut.temp;
   const int64_t last = least(panel_end * kTileCols, v.groups);
   for (int64_t n = begin; n < end; ++n) {
@@ -231,25 +239,24 @@ static void depthwise_grad_weight(const Conv2d& v, const Images& grad_y, int64_t
       const int64_t groups = least(last - first, cut.chunk);
       depthwise_load(v.x, cut, b, first, groups, scratch, temp);
       for (int64_t h = 0; h < rows; ++h) {
-        float* const to = g_block + h * cols * g_pitch;
-        load_row(grad_y, b.n, b.h + h, b.w, cols, 1, first * k, groups * k, g_pitch,
-                 k > 1 ? temp : to);
-        if (k > 1) split_groups(temp, g_pitch, cols, groups, k, to, g_pitch);
+        load_groups(grad_y, b.n, b.h + h, b.w, cols, 1, first, groups, k,
+                    g_block + h * cols * g_pitch, cut.g_floats, temp);
       }
-      if (bias_sums && k == 1) {
-        sum_columns({g_block, 1, g_pitch}, groups, rows * cols, bias_sums + first, n > begin);
-      } else if (bias_sums) {
-        float *const to = bias_sums + first * k, *const biases = scratch + cut.biases;
-        sum_columns({g_block, 1, g_pitch}, g_pitch, rows * cols, temp, false);
-        join_groups(temp, 0, 1, groups, k, biases);
-        for (int64_t i = 0; i < groups * k; ++i) to[i] = biases[i] + (n > begin ? to[i] : 0.0f);
+      for (int64_t g = 0; g < groups && bias_sums; g += kTileCols) {
+        const int64_t lanes = least(groups - g, kTileCols);
+        float *const to = bias_sums + (first + g) * k, *const biases = scratch + cut.biases;
+        const View pixels = {g_block + g / kTileCols * cut.g_floats, 1, g_pitch};
+        sum_columns(pixels, g_pitch, rows * cols, temp, false);
+        split_groups(temp, 0, 1, lanes, k, biases, true);
+        for (int64_t i = 0; i < lanes * k; ++i) to[i] = biases[i] + (n > begin ? to[i] : 0.0f);
       }
       if (!sums) continue;
       each_tap_row(v, first / kTileCols, ceil_div(first + groups, kTileCols),
                    [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
-                     const float* const x =
-                         scratch + kh * th.at_step * x_row + (g - first) * c + i * kTileCols;
-                     const float* const gs = g_block + (g - first) * k + j * kTileCols;
+                     const int64_t panel = (g - first) / kTileCols;
+                     const float* const x = scratch + panel * cut.cut.x_floats +
+                                            kh * th.at_step * x_row + i * kTileCols;
+                     const float* const gs = g_block + panel * cut.g_floats + j * kTileCols;
                      each_tile(v.w.taps, lanes, [=]<int R, int V>(int64_t kw) {
                        for (int64_t h = 0; h < rows; h += step) {
                          Tile<R, V> tile;

@@ -9,7 +9,6 @@
 
 #include "common.h"
 #include "conv2d.h"
-#include "gemm.h"
 
 namespace dlkernels {
 
@@ -43,8 +42,10 @@ const cpu::Conv2dKernels& choose(int64_t N, const cpu::Conv2d& v) {
   };
   const ConvAlgorithm forced = conv_algorithm();
   if (forced == ConvAlgorithm::kDirect) return table.conv2d;
-  if (v.groups != 1)
-    return v.x.C <= 8 * v.groups && v.K <= 8 * v.groups ? table.depthwise : table.conv2d;
+  if (v.groups != 1) {
+    const int64_t few = 8 * v.groups;  // above, direct's tiles fill their lanes as well
+    return v.x.C <= few && v.K <= few ? table.depthwise : table.conv2d;
+  }
   if (!is_plain_3x3(v.h) || !is_plain_3x3(v.w)) return table.conv2d;
   if (forced == ConvAlgorithm::kWinograd2) return table.winograd_2x2;
   if (forced == ConvAlgorithm::kWinograd4) return table.winograd_4x4;
@@ -57,33 +58,6 @@ const cpu::Conv2dKernels& choose(int64_t N, const cpu::Conv2d& v) {
   const double direct = products(1, 450), two = products(2, 400), four = products(4, 1600);
   if (four < two && four < direct) return table.winograd_4x4;
   return two < direct ? table.winograd_2x2 : table.conv2d;
-}
-
-// A window of one pixel in planes, large enough to fill the lanes of a tile.
-bool is_product(const cpu::Conv2d& v) {
-  const auto is_one = [](const cpu::ConvAxis& a, int64_t in) {
-    return a.taps == 1 && a.stride == 1 && a.up == 1 && a.out == in;
-  };
-  return v.groups == 1 && is_one(v.h, 1) && v.x.H == 1 && is_one(v.w, v.x.W) && v.x.sw == 1 &&
-         v.yw == 1 && !v.argmax && !v.x.argmax && v.w.out >= 4 * cpu::kernels().gemm_tile_cols &&
-         conv_algorithm() != ConvAlgorithm::kDirect;
-}
-
-// Then it is y (K, W) = filter (K, C) * x (C, W) for each image, all where they lie.
-void multiply_planes(int64_t N, const cpu::Conv2d& v, const cpu::Filter& filter) {
-  std::vector<Product> images;
-  for (int64_t n = 0; n < N; ++n) {
-    const float* const mask = v.x.relu_y ? v.x.relu_y + n * v.x.sn : nullptr;
-    const cpu::GemmOutput y = {
-        .c = v.y + n * v.yn, .row = v.yc, .row_bias = v.bias, .relu = v.relu};
-    images.push_back({.a = {filter.data, filter.so, filter.si},
-                      .b = {v.x.data + n * v.x.sn, 1, v.x.sc, mask},
-                      .M = v.K,
-                      .N = v.w.out,
-                      .K = v.x.C,
-                      .out = y});
-  }
-  multiply(images);
 }
 
 double flops(const Geometry& g) {
@@ -149,7 +123,6 @@ void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x
 }  // namespace
 
 void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter) {
-  if (is_product(v)) return multiply_planes(g.N, v, filter);
   const cpu::Conv2dKernels& kernels = choose(g.N, v);
   const int64_t panels = kernels.panels(v), panel_floats = kernels.panel_floats(v);
   const Tensor packed = at::empty({panels * panel_floats}, at::kFloat);

@@ -34,7 +34,7 @@ struct Product {
 // Computes them in one parallel region, each in a few parts a thread, for one that is held up. C is
 // cut where nothing is packed twice: along N where B has to be packed, else along M. Short sums are
 // mostly writing, and a thread that writes whole rows took a third of the time.
-inline void multiply(c10::ArrayRef<Product> products) {
+inline void multiply(std::initializer_list<Product> products) {
   constexpr double kFork = 2e6;  // multiply-adds: about 12 us
   constexpr int64_t kPartsPerThread = 4, kPartTiles = 4, kShort = 64;
   double work = 0;

@@ -229,7 +229,10 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
     const bool biases = ctx->saved_data["biases"].toBool();
     const at::TensorList all = saved, hidden = all.slice(all.size() - (layers - 1));
     const at::TensorList weights = all.slice(1, all.size() - layers);
-    if (is_differentiated(grads[0], mlp_backward_stats))
+    // vmap (is_grads_batched=True) can't take an op that returns a list apart.
+    const bool is_batched = grads[0].key_set().has(c10::DispatchKey::FuncTorchBatched);
+    if (is_batched) mlp_backward_stats.torch_ran();
+    if (is_batched || is_differentiated(grads[0], mlp_backward_stats))
       return differentiable(grads[0], all[0], weights, hidden, biases);
     const bool grad_input = ctx->needs_input_grad(0);
     const size_t wanted = grad_input ? layers : layers - 1;

@@ -57,7 +57,7 @@ def _pair(x):
 
 def _pool_stride(stride, kernel_size):
     """None and, as PyTorch has it, no numbers at all mean kernel_size."""
-    is_default = stride is None or (isinstance(stride, tuple | list) and not stride)
+    is_default = stride is None or (isinstance(stride, tuple | list) and len(stride) == 0)
     return kernel_size if is_default else stride
 
 

@@ -230,7 +230,9 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
     const at::TensorList all = saved, hidden = all.slice(all.size() - (layers - 1));
     const at::TensorList weights = all.slice(1, all.size() - layers);
     // vmap (is_grads_batched=True) can't take an op that returns a list apart.
-    const bool is_batched = grads[0].key_set().has(c10::DispatchKey::FuncTorchBatched);
+    constexpr c10::DispatchKeySet kBatched(
+        {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+    const bool is_batched = grads[0].key_set().has_any(kBatched);
     if (is_batched) mlp_backward_stats.torch_ran();
     if (is_batched || is_differentiated(grads[0], mlp_backward_stats))
       return differentiable(grads[0], all[0], weights, hidden, biases);

@@ -55,6 +55,12 @@ def _pair(x):
     return (x, x) if type(x) in _INT else (x[0], x[-1])
 
 
+def _pool_stride(stride, kernel_size):
+    """None and, as PyTorch has it, no numbers at all mean kernel_size."""
+    is_default = stride is None or (isinstance(stride, tuple | list) and len(stride) == 0)
+    return kernel_size if is_default else stride
+
+
 def linear(input, weight, bias=None, *, out=None):
     """``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
@@ -172,9 +178,9 @@ def _conv2d_sizes(weight, stride, padding, dilation, groups):
     if not (_are_ints(stride) and _are_ints(dilation) and _is_int(groups)):
         return None
     stride, dilation = _pair(stride), _pair(dilation)
-    if padding == "valid":
+    if isinstance(padding, str) and padding == "valid":
         edges = (0, 0, 0, 0)
-    elif padding == "same":
+    elif isinstance(padding, str) and padding == "same":
         if not isinstance(weight, Tensor) or weight.dim() != 4 or stride != (1, 1):
             return None
         if not _are_ints(weight.shape[2:]):  # tensors, where torch.jit.trace looks on
@@ -217,8 +223,7 @@ def max_pool2d(
         RuntimeError: for sizes and values that do not go together.
         TypeError: where an argument is of another type.
     """
-    if stride is None or stride == []:
-        stride = kernel_size
+    stride = _pool_stride(stride, kernel_size)
     window = kernel_size, stride, padding, dilation
     if all(map(_are_ints, window)) and type(ceil_mode) is bool and _ours(input):
         op = _ops.max_pool2d_with_indices if return_indices else _ops.max_pool2d
@@ -267,8 +272,7 @@ def conv2d_relu_max_pool2d(
 
 def _are_2x2(kernel_size, stride, padding, dilation, ceil_mode):
     """Whether these windows are 2x2 and lie side by side."""
-    if stride is None or stride == []:
-        stride = kernel_size
+    stride = _pool_stride(stride, kernel_size)
     if ceil_mode is not False or not all(map(_are_ints, (kernel_size, stride, padding, dilation))):
         return False
     window = map(_pair, (kernel_size, stride, padding, dilation))

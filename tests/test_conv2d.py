@@ -1,5 +1,6 @@
 """conv2d and conv2d_relu: torch.nn.functional.conv2d, and relu of it."""
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,7 @@ BAD = {
     "list as input": lambda x, w: (([1.0], w), {}),
     "no weight": lambda x, w: ((x, None), {}),
     "stride as text": lambda x, w: ((x, w), {"stride": "1"}),
+    "padding as an array": lambda x, w: ((x, w), {"padding": numpy.array([1, 1])}),
 }
 UNSAFE_IN_TORCH = {
     "dilation 2**62": lambda x, w: ((x, w), {"dilation": 2**62}),

@@ -1,10 +1,12 @@
 """max_pool2d: torch.nn.functional.max_pool2d, bit for bit where that is safe."""
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
+import dlkernels.nn
 from common import calls, check, steps
 
 KERNELS = {"forward": ["max_pool2d"], "backward": ["max_pool2d_backward"]}
@@ -262,6 +264,18 @@ def test_errors():
             ours.max_pool2d(bad, 2)
     with pytest.raises(NotImplementedError):
         ours.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bool), 2)
+
+
+def test_sizes_of_numpy():
+    """Its ints are left to PyTorch, which takes them, and its arrays, which it refuses."""
+    x, two = torch.rand(1, 1, 4, 4), numpy.int64(2)
+    for args in ((two,), (2, two), (two, None), ((two, 2), two, numpy.int64(0))):
+        with calls(torchs=["max_pool2d"]):
+            got = ours.max_pool2d(x, *args)
+        assert torch.equal(got, F.max_pool2d(x, *args))
+    assert torch.equal(dlkernels.nn.MaxPool2d(two)(x), F.max_pool2d(x, 2))
+    with pytest.raises(TypeError):
+        ours.max_pool2d(x, 2, numpy.array([2, 2]))
 
 
 def test_meta():

@@ -97,8 +97,8 @@ def mlp(input, weights, biases=None):
 
     Args:
         input: (..., K)
-        weights: a list of matrices (N1, K), (N2, N1), ...: at least one
-        biases: a list of vectors (N1), (N2), ...: one a weight; or None
+        weights: matrices (N1, K), (N2, N1), ...: at least one
+        biases: vectors (N1), (N2), ...: one a weight; or None
 
     Returns:
         (..., N) of the last weight
@@ -106,9 +106,9 @@ def mlp(input, weights, biases=None):
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not go together, no weights, or not as
             many biases.
-        TypeError: where an argument is no tensor or list of tensors.
+        TypeError: where an argument is no tensor or no series of tensors.
     """
-    biases = [] if biases is None else biases
+    weights, biases = list(weights), [] if biases is None else list(biases)
     if _ours(input, *weights, *biases):
         return _ops.mlp.default(input, weights, biases)
     return _torch("mlp", _mlp_torch, input, weights, biases)

@@ -97,6 +97,14 @@ def test_others_are_pytorchs():
         assert mlp(*sample(4, 3, 2)).dtype == torch.bfloat16
 
 
+def test_any_series_of_tensors():
+    x, w1, w2, b1, b2 = sample(4, 3, 2)
+    y = ours.mlp(x, [w1, w2], [b1, b2])
+    for series in (tuple, iter, torch.nn.ParameterList):
+        assert torch.equal(ours.mlp(x, series([w1, w2]), series([b1, b2])), y)
+    assert torch.equal(ours.mlp(x, w1[None]), ours.mlp(x, [w1]))
+
+
 def test_bad_input():
     x, w1, w2, b1, b2 = sample(4, 3, 2)
     for weights, biases in [
@@ -111,8 +119,9 @@ def test_bad_input():
             ours.mlp(x, weights, biases)
         with torch.inference_mode(), pytest.raises(RuntimeError):  # past autograd's own checks
             ours.mlp(x, weights, biases)
-    with pytest.raises(TypeError):
-        ours.mlp(x, [None])
+    for weights in ([None], 1, "ab"):
+        with pytest.raises(TypeError):
+            ours.mlp(x, weights)
     backward = torch.ops.dlkernels.mlp_backward
     h, g = torch.randn(5, 3), torch.randn(5, 2)
     assert len(backward(g, x, [w1, w2], [h], True, True)) == 5

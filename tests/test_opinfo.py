@@ -1,6 +1,7 @@
 """dlkernels.functional on PyTorch's own samples of its functions, OpInfo."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -105,6 +106,7 @@ def test_error_samples(op):
         sample = error.sample_input
         results = [outcome(f, sample.input, *sample.args, **sample.kwargs) for f in functions(op)]
         assert isinstance(results[0], error.error_type)
+        assert re.search(error.error_regex, str(results[0]))
         assert_same(*results)
 
 

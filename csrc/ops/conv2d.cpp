@@ -181,8 +181,8 @@ Tensor by_torch(const Tensor& input, const Tensor& weight, const optional<Tensor
                 SymIntArrayRef stride, SymIntArrayRef p, SymIntArrayRef dilation, SymInt groups) {
   TORCH_CHECK(p.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ", p);
   // PyTorch's own arithmetic overflows beyond what these allow.
-  pair("stride", stride, 1), pair("dilation", dilation, 1);
-  pair("padding", p.slice(0, 2), 0), pair("padding", p.slice(2, 2), 0);
+  pair(kStride, stride), pair(kDilation, dilation);
+  pair(kPadding, p.slice(0, 2)), pair(kPadding, p.slice(2, 2));
   if (p[0] == p[1] && p[2] == p[3])
     return at::conv2d_symint(input, weight, bias, stride, std::array{p[0], p[2]}, dilation, groups);
   const Tensor padded = at::constant_pad_nd_symint(input, {p[2], p[3], p[0], p[1]}, 0);

@@ -7,13 +7,24 @@ namespace dlkernels::conv {
 using c10::SymInt;
 using c10::SymIntArrayRef;
 
-// One argument in two dimensions: (h, w), or one number for both.
-inline std::array<SymInt, 2> pair(const char* name, SymIntArrayRef values, int64_t least) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, "conv2d: ", name,
+// An argument in two dimensions, its least value, and PyTorch's text for what is less.
+struct PairArgument {
+  const char* name;
+  int64_t least;
+  const char* rule;
+};
+constexpr PairArgument kStride = {"stride", 1, "non-positive stride is not supported"};
+constexpr PairArgument kPadding = {"padding", 0, "negative padding is not supported"};
+constexpr PairArgument kDilation = {"dilation", 1, "dilation should be greater than zero"};
+
+// (h, w), or one number for both.
+inline std::array<SymInt, 2> pair(const PairArgument& a, SymIntArrayRef values) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, "conv2d: ", a.name,
               " must be one or two numbers, got ", values);
-  for (const SymInt& v : values)  // small enough that no product of two overflows
-    TORCH_CHECK(v >= least && v <= INT32_MAX, "conv2d: ", name, " must be at least ", least,
-                " and below 2**31, got ", values);
+  for (const SymInt& v : values) {  // small enough that no product of two overflows
+    TORCH_CHECK(v >= a.least, "conv2d: ", a.rule, ", got ", values);
+    TORCH_CHECK(v <= INT32_MAX, "conv2d: ", a.name, " must be below 2**31, got ", values);
+  }
   return {values[0], values.back()};
 }
 
@@ -35,11 +46,11 @@ inline std::array<SymInt, 4> output_sizes(const Tensor& input, const Tensor& wei
               "conv2d: input must be (N, C, H, W) or (C, H, W), got ", input.sym_sizes());
   TORCH_CHECK(weight.dim() == 4, "conv2d: weight must be (K, C / groups, KH, KW), got ",
               weight.sym_sizes());
-  const auto s = pair("stride", stride, 1), d = pair("dilation", dilation, 1);
+  const auto s = pair(kStride, stride), d = pair(kDilation, dilation);
   TORCH_CHECK(padding.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ",
               padding);
-  const auto top = pair("padding", padding.slice(0, 2), 0);
-  const auto left = pair("padding", padding.slice(2, 2), 0);
+  const auto top = pair(kPadding, padding.slice(0, 2));
+  const auto left = pair(kPadding, padding.slice(2, 2));
   TORCH_CHECK(groups > 0 && groups <= INT32_MAX, "conv2d: groups must be positive, got ", groups);
   const SymInt K = weight.sym_size(0), C = weight.sym_size(1) * groups;
   TORCH_CHECK(K % groups == 0, "conv2d: weight.shape[0] must be a multiple of groups = ", groups,

@@ -99,6 +99,17 @@ def test_parameter_listed_twice(pair):
 
 
 @pair
+def test_parameters_in_a_tuple(pair):
+    a, b = (make(FLOAT32(), **full(make)) for make in pair)
+    for opt in a, b:
+        opt.param_groups[0]["params"] = tuple(opt.param_groups[0]["params"])
+    with calls(torchs=[a._op]):
+        train(a, 3)
+    train(b, 3)
+    assert_same(a, b)
+
+
+@pair
 def test_disabled(pair):
     a, b = (make(FLOAT32(), **full(make)) for make in pair)
     with calls(), dlkernels.disabled():

@@ -10,7 +10,7 @@ namespace dlkernels {
 
 // Parameters, the keys of their states in the order of the op's lists (None for an option that is
 // off), and the op's scalars.
-using OptimGroup = std::tuple<pybind11::list, pybind11::tuple, std::vector<double>>;
+using OptimGroup = std::tuple<pybind11::object, pybind11::tuple, std::vector<double>>;
 
 // A step of all groups of parameters by the op of that name: True; or, with nothing done, False
 // where not all of it is for our op, and None where all of it may be, once every state is there.

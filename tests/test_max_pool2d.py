@@ -262,8 +262,10 @@ def test_errors():
     for bad in (None, 1.0, [[[1.0]]]):
         with pytest.raises(TypeError):
             ours.max_pool2d(bad, 2)
-    with pytest.raises(NotImplementedError):
-        ours.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bool), 2)
+    nested = torch.nested.nested_tensor([torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)])
+    for bad in (torch.zeros(1, 1, 2, 2, dtype=torch.bool), nested):
+        with pytest.raises(NotImplementedError):
+            ours.max_pool2d(bad, 2)
 
 
 def test_sizes_of_numpy():

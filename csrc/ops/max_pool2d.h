@@ -118,7 +118,7 @@ inline void check_argmax(const Args& args, const Tensor& argmax, SymIntArrayRef 
 // A window may lie all in the padding and in the holes of its dilation: PyTorch's kernels then
 // write outside of their tensors. Ours give -inf.
 inline void check_no_empty_window(const Args& args, const Tensor& input) {
-  if (input.dim() < 2) return;
+  if (input.dim() < 2 || input.is_nested()) return;
   for (const int i : {0, 1}) {
     const cpu::PoolAxis a = args.axis(i, 0, 0);
     const SymInt in = input.sym_size(i - 2);

@@ -89,6 +89,16 @@ def test_double_backward_and_functorch():
     torch.testing.assert_close(got, stack(x, *parameters))
 
 
+def test_batched_gradients():
+    x, *parameters = sample(4, 3, 2)
+    y = mlp(x, *parameters)
+    g = torch.randn(3, *y.shape)
+    got = torch.autograd.grad(y, [x, *parameters], g, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        expected = torch.autograd.grad(y, [x, *parameters], g[i], retain_graph=True)
+        torch.testing.assert_close([t[i] for t in got], [*expected])
+
+
 def test_others_are_pytorchs():
     x, *parameters = [t.detach().double() for t in sample(4, 3, 2)]
     with calls(torchs=["mlp"]):

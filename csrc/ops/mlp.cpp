@@ -219,7 +219,11 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
     variable_list saved = ctx->get_saved_variables();
     const size_t layers = ctx->saved_data["layers"].toInt(), hidden = layers - 1;
     const size_t biases = saved.size() - 1 - layers - hidden;
-    if (is_differentiated(grads[0])) {
+    // vmap (is_grads_batched=True) can't take an op that returns a list apart.
+    constexpr c10::DispatchKeySet kBatched(
+        {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+    const bool is_batched = grads[0].key_set().has_any(kBatched);
+    if (is_batched || is_differentiated(grads[0])) {
       saved.resize(saved.size() - hidden);
       const auto forward = [&](at::TensorList x) {
         return mlp_torch(x[0], x.slice(1, layers), x.slice(1 + layers));

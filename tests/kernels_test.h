@@ -13,11 +13,9 @@
 #include <cstring>
 #include <functional>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/narrow.h"
 
 namespace dlkernels::test {
 
@@ -99,21 +97,6 @@ void together(const Part&... part) {
     const std::function<void()> parts[] = {part...};
     for (size_t i = sizeof...(part); i-- > 0;) parts[i]();
   }
-}
-
-using cpu::BFloat16;
-using cpu::Float16;
-
-template <class T>
-constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
-                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                                                       : DType::kFloat16;
-
-// How far a number may be from x for having been rounded to T once.
-template <class T>
-double rounding(double x) {
-  if (std::is_same_v<T, float>) return 0;
-  return std::is_same_v<T, BFloat16> ? std::fabs(x) * 0x1p-8 : std::fabs(x) * 0x1p-11 + 0x1p-25;
 }
 
 inline bool close(double got, double expected, double tolerance) {

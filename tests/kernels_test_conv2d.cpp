@@ -1,7 +1,6 @@
 #include <algorithm>
-#include <memory>
 
-#include "kernels_test.h"
+#include "kernels_test_narrow.h"
 
 using namespace dlkernels;
 using namespace dlkernels::test;

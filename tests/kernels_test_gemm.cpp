@@ -1,6 +1,6 @@
-#include "kernels_test.h"
-
 #include <utility>
+
+#include "kernels_test_narrow.h"
 
 using namespace dlkernels;
 using namespace dlkernels::test;

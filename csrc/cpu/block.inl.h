@@ -98,7 +98,8 @@ static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int6
 
 // Pools two rows of `windows` windows, a pixel every `pitch` floats: the values to y, a pixel every
 // y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above all,
-// and no gradient where ReLU lets none pass.
+// and no gradient where ReLU lets none pass. Sums are compared before they are rounded, so that
+// what rounding would make a tie is none.
 template <class To>
 static void pool_rows(const float* row, const float* next, int64_t pitch, int64_t windows,
                       int64_t lanes, To* y, int64_t y_step, uint8_t* argmax, int64_t K) {

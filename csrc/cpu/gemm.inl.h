@@ -79,11 +79,23 @@ static void pack_block(const Matrix& x, int64_t i0, int64_t rows, int64_t step, 
   });
 }
 
+// The same elements, widened and masked but where they are from each other: lines along memory.
+static void widen_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
+                        float* to) {
+  const bool columns = x.row == 1;
+  const int64_t lines = columns ? depth : rows, size = columns ? rows : depth;
+  const int64_t from = i0 * x.row + k0 * x.col, pitch = columns ? x.col : x.row;
+  with_type(x.dtype, [&]<class T>() {
+    const Source<T> s(x.data, x.relu_y);
+    for (int64_t i = 0; i < lines; ++i) pack_run(s, from + i * pitch, size, size, to + i * size);
+  });
+}
+
 // Into float32.
 static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                       const GemmPart& part, float* scratch) {
-  const bool a_lies =
-      a.dtype == DType::kFloat32 && !a.relu_y && (a.row == 1 || (a.col == 1 && !out.row_sums));
+  const bool a_along = a.row == 1 || (a.col == 1 && !out.row_sums);
+  const bool a_narrow = a.dtype != DType::kFloat32, a_lies = a_along && !a_narrow && !a.relu_y;
   // Where B's rows are a large power of two apart, all fall into the same few sets of a cache.
   // Tiles that take two lines of each row bear that better (measured on Zen 5).
   const bool b_falls = b.col % (kTileCols < 32 ? 1024 : 4096) == 0;
@@ -111,10 +123,16 @@ static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
       pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
       for (int64_t m = part.m0; m < part.m1; m += block_rows) {
         const int64_t rows = least(part.m1 - m, block_rows);
-        if (!a_lies) pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
+        const bool widen = a_along && a_narrow;
+        if (widen)
+          widen_block(a, m, rows, k, depth, a_block);
+        else if (!a_lies)
+          pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
         const auto a_view = [&](int64_t i) -> View {
-          if (!a_lies) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
-          return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
+          if (a_lies) return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
+          if (!widen) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
+          if (a.row == 1) return {a_block + i, 1, rows};
+          return {a_block + i * depth, depth, 1};
         };
         if (out.row_sums && n == 0)
           for (int64_t i = 0; i < rows; i += tile_rows)

@@ -13,6 +13,7 @@ TORCH_LIBRARY(dlkernels, /*m*/) {}
 PYBIND11_MODULE(_C, m) {
   using namespace dlkernels;
   m.def("isa", [] { return cpu::kernels().isa; }, "The instruction set the kernels run on.");
+  m.def("multiplies_bfloat16", &cpu::multiplies_bfloat16, "Whether PyTorch does that faster.");
   m.def("set_isa", &cpu::set_isa, "Change it (tests, benchmarks); False where the machine can't.");
   m.def(
       "stats",

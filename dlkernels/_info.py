@@ -52,9 +52,15 @@ def _no_products():
 def kernels():
     """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
     others = "left to PyTorch's own op: our kernels for the {} are for {}".format
-    on_cpu = others("CPU", "float32")
-    cpu = {"float32": "yes", "bfloat16": on_cpu, "float16": on_cpu, "float64": on_cpu}
     no_products = _cuda.REASON or _no_products()
+
+    def cpu(op):
+        products = op in ("linear", "linear_relu", "mlp") or op.startswith("conv2d")
+        left = others("CPU", "float32, bfloat16 and float16" if products else "float32")
+        bfloat16 = float16 = "yes" if products else left
+        if products and _C.multiplies_bfloat16():
+            bfloat16 = "left to PyTorch's own op: this processor multiplies bfloat16"
+        return {"float32": "yes", "bfloat16": bfloat16, "float16": float16, "float64": left}
 
     def cuda(op):
         ours = _cuda.REASON or "yes"
@@ -66,7 +72,7 @@ def kernels():
         return {"float32": ours, "bfloat16": ours, "float16": ours, "float64": wide}
 
     ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
-    return {op: {"cpu": dict(cpu), "cuda": cuda(op)} for op in ops}
+    return {op: {"cpu": cpu(op), "cuda": cuda(op)} for op in ops}
 
 
 def _summary(kernels):

@@ -1,7 +1,6 @@
 #include <algorithm>
-#include <memory>
 
-#include "kernels_test.h"
+#include "kernels_test_narrow.h"
 
 using namespace dlkernels;
 using namespace dlkernels::test;
@@ -23,13 +22,14 @@ struct Shape {
   int64_t groups = 1;
 };
 
-// Everything about one shape in one layout, indexed by plain numbers.
+// Everything about one shape in one layout and dtype, indexed by plain numbers.
+template <class T>
 struct Case {
   Shape s;
   bool last;  // channels_last
   int64_t c, k, H, W, OH, OW, PH, PW;
-  Buffer<float> x, weight, bias, y, grad_y, scratch;
-  std::unique_ptr<Buffer<float>> packed;
+  Buffer<T> x, weight, y, grad_y;
+  Buffer<float> bias;
 
   Case(const Shape& s, bool last)
       : s(s),
@@ -44,10 +44,9 @@ struct Case {
         PW(OW / 2),
         x(s.N * s.C * H * W, 1),
         weight(s.K * c * s.h.taps * s.w.taps, 2),
-        bias(s.K, 3),
         y(s.N * s.K * OH * OW),
         grad_y(y.size(), 4),
-        scratch(0) {}
+        bias(s.K, 3) {}
 
   int64_t at(int64_t n, int64_t ch, int64_t i, int64_t j, int64_t C, int64_t H, int64_t W) const {
     return last ? ((n * H + i) * W + j) * C + ch : ((n * C + ch) * H + i) * W + j;
@@ -56,9 +55,10 @@ struct Case {
     return last ? ((o * s.h.taps + kh) * s.w.taps + kw) * c + i
                 : ((o * c + i) * s.h.taps + kh) * s.w.taps + kw;
   }
-  cpu::Images images(const float* data, int64_t C, int64_t H, int64_t W,
-                     const float* relu_y = nullptr) const {
-    return {data, relu_y, C, H, W, C * H * W, last ? 1 : H * W, last ? W * C : W, last ? C : 1};
+  cpu::Images images(const T* data, int64_t C, int64_t H, int64_t W,
+                     const T* relu_y = nullptr) const {
+    const int64_t sc = last ? 1 : H * W, sh = last ? W * C : W, sw = last ? C : 1;
+    return {data, relu_y, C, H, W, C * H * W, sc, sh, sw, nullptr, kDType<T>};
   }
   cpu::Conv2d forward() const {
     const auto axis = [](const Axis& a) {
@@ -78,12 +78,12 @@ struct Case {
     return {.x = grad, .h = axis(s.h), .w = axis(s.w), .groups = s.groups, .K = s.C};
   }
   cpu::Filter filter(bool reversed) {
-    const int64_t T = s.h.taps * s.w.taps, tap = last ? c : 1, row = s.w.taps * tap;
-    const int64_t input = last ? 1 : T;
-    if (reversed) return {weight.data() + (T - 1) * tap, k * c * T, input, c * T, -row, -tap};
-    return {weight.data(), k * c * T, c * T, input, row, tap};
+    const int64_t taps = s.h.taps * s.w.taps, tap = last ? c : 1, row = s.w.taps * tap;
+    const int64_t input = last ? 1 : taps, group = k * c * taps, output = c * taps;
+    if (reversed) return {weight.data() + (taps - 1) * tap, group, input, output, -row, -tap};
+    return {weight.data(), group, output, input, row, tap};
   }
-  static void set_output(cpu::Conv2d& v, float* y, const cpu::Images& as) {
+  static void set_output(cpu::Conv2d& v, T* y, const cpu::Images& as) {
     v.y = y, v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }
 
@@ -122,35 +122,40 @@ struct Case {
   }
 };
 
-int forward(const cpu::Conv2dKernels& t, Case& c) {
+template <class T>
+int forward(const cpu::Conv2dKernels& t, Case<T>& c) {
   cpu::Conv2d v = c.forward();
   c.set_output(v, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
   v.bias = c.bias.data(), v.relu = true;
-  c.y.fill(NAN);
+  c.y.fill(T(NAN));
   c.run(t, v, c.filter(false));
   int wrong = 0;
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
     double z = c.bias[o], size = 1;
     c.each_product(n, o, i, j, [&](int64_t x, int64_t w) { z += c.x[x] * c.weight[w], ++size; });
-    wrong += !close(c.y[c.at(n, o, i, j, c.s.K, c.OH, c.OW)], std::fmax(0, z), 1e-6 * (size + 4));
+    z = std::fmax(0, z);
+    wrong +=
+        !close(c.y[c.at(n, o, i, j, c.s.K, c.OH, c.OW)], z, 1e-6 * (size + 4) + rounding<T>(z));
   });
   return wrong;
 }
 
-// What the pool makes of y, bit for bit, and its gradient as grad_weight and grad_input read it.
-int pooled(const cpu::Conv2dKernels& t, Case& c, Buffer<float>& expanded) {
+// What the pool makes of y, bit for bit, and its gradient as grad_weight and grad_input read it. A
+// narrow y may have ties where the sums had none.
+template <class T>
+int pooled(const cpu::Conv2dKernels& t, Case<T>& c) {
   const int64_t P = c.s.N * c.s.K * c.PH * c.PW;
   if (P == 0) return 0;
-  Buffer<float> y(P), grad(P, 5), weight_sums(c.weight.size()), bias_sums(c.s.K);
+  Buffer<T> y(P), grad(P, 5), expanded(c.y.size());
   Buffer<uint8_t> argmax(P);
   cpu::Conv2d v = c.forward();
   v.h.out = 2 * c.PH, v.w.out = 2 * c.PW;
   c.set_output(v, y.data(), c.images(y.data(), c.s.K, c.PH, c.PW));
   v.bias = c.bias.data(), v.relu = true, v.argmax = argmax.data();
-  y.fill(NAN);
+  y.fill(T(NAN));
   c.run(t, v, c.filter(false));
   int wrong = 0;
-  expanded.fill(0);
+  expanded.fill(T(0));
   c.each_output(c.PH, c.PW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
     float best = -1;
     int64_t element = 0;
@@ -162,14 +167,16 @@ int pooled(const cpu::Conv2dKernels& t, Case& c, Buffer<float>& expanded) {
     if (best <= 0) element = cpu::kNoElement;
     const int64_t p = c.at(n, o, i, j, c.s.K, c.PH, c.PW);
     wrong += y[p] != best;
-    wrong += argmax[((n * c.PH + i) * c.PW + j) * c.s.K + o] != element;
+    const int64_t got = argmax[((n * c.PH + i) * c.PW + j) * c.s.K + o];
+    if (kDType<T> != DType::kFloat32 && (got < 4 ? c.y[at(got)] == best : best == 0)) element = got;
+    wrong += got != element;
     if (element != cpu::kNoElement) expanded[at(element)] = grad[p];
   });
   cpu::Images g = c.images(grad.data(), c.s.K, c.PH, c.PW);
   g.H = c.OH, g.W = c.OW, g.argmax = argmax.data();
   // The same as from the expanded gradient: element for element in a block, so bit for bit.
   const cpu::Images e = c.images(expanded.data(), c.s.K, c.OH, c.OW);
-  Buffer<float> from_pool(c.x.size()), from_expanded(c.x.size());
+  Buffer<T> from_pool(c.x.size()), from_expanded(c.x.size());
   for (const auto& [images, to] : {std::pair{g, &from_pool}, {e, &from_expanded}}) {
     cpu::Conv2d b = c.backward(images);
     c.set_output(b, to->data(), c.images(nullptr, c.s.C, c.H, c.W));
@@ -179,15 +186,16 @@ int pooled(const cpu::Conv2dKernels& t, Case& c, Buffer<float>& expanded) {
   return wrong;
 }
 
-int gradients(const cpu::Conv2dKernels& t, Case& c) {
+template <class T>
+int gradients(const cpu::Conv2dKernels& t, Case<T>& c) {
   int wrong = 0;
-  const float* mask = c.y.data();
+  const T* mask = c.y.data();
   const cpu::Images grad = c.images(c.grad_y.data(), c.s.K, c.OH, c.OW, mask);
-  Buffer<float> grad_x(c.x.size()), grad_weight(c.weight.size());
+  Buffer<T> grad_x(c.x.size()), grad_weight(c.weight.size());
   std::vector<double> gx(c.x.size()), gw(c.weight.size()), gb(c.s.K), terms(c.x.size());
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
     const int64_t at = c.at(n, o, i, j, c.s.K, c.OH, c.OW);
-    const double g = mask[at] <= 0 ? 0 : c.grad_y[at];
+    const double g = mask[at] <= 0 ? 0.0f : static_cast<float>(c.grad_y[at]);
     gb[o] += g;
     c.each_product(n, o, i, j, [&](int64_t x, int64_t w) {
       gx[x] += g * c.weight[w], gw[w] += g * c.x[x], ++terms[x];
@@ -195,9 +203,10 @@ int gradients(const cpu::Conv2dKernels& t, Case& c) {
   });
   cpu::Conv2d v = c.backward(grad);
   c.set_output(v, grad_x.data(), c.images(nullptr, c.s.C, c.H, c.W));
-  grad_x.fill(NAN);
+  grad_x.fill(T(NAN));
   c.run(t, v, c.filter(true));
-  for (int64_t i = 0; i < c.x.size(); ++i) wrong += !close(grad_x[i], gx[i], 1e-6 * (terms[i] + 4));
+  for (int64_t i = 0; i < c.x.size(); ++i)
+    wrong += !close(grad_x[i], gx[i], 1e-6 * (terms[i] + 4) + rounding<T>(gx[i]));
 
   v = c.forward();
   const int64_t blocks = c.s.N * t.blocks(v), panels = t.panels(v);
@@ -222,12 +231,14 @@ int gradients(const cpu::Conv2dKernels& t, Case& c) {
   };
   together([&] { unpack(panels / 2, panels); }, [&] { unpack(0, panels / 2); });
   const double tolerance = 1e-6 * (c.s.N * c.OH * c.OW + 4);
-  for (int64_t i = 0; i < c.weight.size(); ++i) wrong += !close(grad_weight[i], gw[i], tolerance);
+  for (int64_t i = 0; i < c.weight.size(); ++i)
+    wrong += !close(grad_weight[i], gw[i], tolerance + rounding<T>(gw[i]));
   for (int64_t i = 0; i < c.s.K; ++i) wrong += !close(bias_total[i], gb[i], tolerance);
   return wrong;
 }
 
 // All algorithms that are for the shape.
+template <class T>
 int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
   const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {{"direct", &t.conv2d},
                                                                     {"depthwise", &t.depthwise},
@@ -238,15 +249,21 @@ int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
   for (const auto& [name, way] : ways) {
     const bool winograd = way == &t.winograd_4x4 || way == &t.winograd_2x2;
     if (winograd && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
-    Case c(s, last);
+    Case<T> c(s, last);
     Buffer<float> expanded(c.y.size());
     const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c, expanded);
     if (y + g + p)
-      std::printf("%s C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
-                  long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
+      std::printf("%s dtype %d C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
+                  int(kDType<T>), long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
     wrong += y + g + p;
   }
   return wrong;
+}
+
+// In float32, and in one of the narrow dtypes.
+int every_way(const cpu::Kernels& t, const Shape& s, bool last, int64_t index) {
+  return every_way<float>(t, s, last) +
+         (index % 2 ? every_way<BFloat16>(t, s, last) : every_way<Float16>(t, s, last));
 }
 
 int conv2d_random(const cpu::Kernels& t) {
@@ -269,7 +286,7 @@ int conv2d_random(const cpu::Kernels& t) {
         s.w.in + 2 * s.w.pad <= s.w.dilation * (s.w.taps - 1))
       continue;  // the window is larger than the image
     if (s.N * s.K * s.h.out() * s.w.out() * s.C / groups * s.h.taps * s.w.taps > 1000000) continue;
-    wrong += every_way(t, s, random(0, 1)), ++done;
+    wrong += every_way(t, s, random(0, 1), ++done / 2);
   }
   return wrong;
 }
@@ -303,8 +320,9 @@ int conv2d(const cpu::Kernels& t) {
       {1, 16, 4, {32, 3, 1, 5, 5}, {100, 3, 1, 5, 5}},  // a last block less than a dilation
   };
   int wrong = 0;
+  int64_t index = 0;
   for (const Shape& s : shapes)
-    for (const bool last : {false, true}) wrong += every_way(t, s, last);
+    for (const bool last : {false, true}) wrong += every_way(t, s, last, index++ / 2 + last);
   Buffer<float> x(3 * 67, 1), y(67);
   t.sum_rows(x.data(), 3, 67, y.data(), 0, 67);
   for (int64_t i = 0; i < 67; ++i) wrong += y[i] != (x[i] + x[67 + i]) + x[134 + i];

@@ -1,22 +1,25 @@
-#include "kernels_test.h"
-
 #include <utility>
+
+#include "kernels_test_narrow.h"
 
 using namespace dlkernels;
 using namespace dlkernels::test;
 
 // One product in three parts against a double-precision loop. Bits of `options`: A lies
-// transposed, B lies transposed, A is masked, biases and ReLU, accumulate, row sums.
+// transposed, B lies transposed, A is masked, biases and ReLU, accumulate (into float), row sums.
+template <class T>
 static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int options) {
   const bool a_t = options & 1, b_t = options & 2, masked = options & 4, act = options & 8;
-  const bool accumulate = options & 16, sums_wanted = options & 32;
-  Buffer<float> a(M * K, 1), mask(masked ? M * K : 0, 2), b(N * K, 3), c(M * N, 4);
+  const bool accumulate = options & 16 && kDType<T> == DType::kFloat32, sums_wanted = options & 32;
+  Buffer<T> a(M * K, 1), mask(masked ? M * K : 0, 2), b(N * K, 3), c(M * N, 4);
   Buffer<float> row_bias(M, 5), col_bias(N, 6), sums(M, 7);
-  std::vector<float> before(c.data(), c.data() + M * N);
+  std::vector<T> before(c.data(), c.data() + M * N);
   std::vector<float> sums_before(sums.data(), sums.data() + M);
-  const cpu::Matrix A = {a.data(), a_t ? 1 : K, a_t ? M : 1, masked ? mask.data() : nullptr};
-  const cpu::Matrix B = {b.data(), b_t ? 1 : K, b_t ? N : 1};
+  const cpu::Matrix A = {a.data(), a_t ? 1 : K, a_t ? M : 1, masked ? mask.data() : nullptr,
+                         kDType<T>};
+  const cpu::Matrix B = {b.data(), b_t ? 1 : K, b_t ? N : 1, nullptr, kDType<T>};
   cpu::GemmOutput out = {.c = c.data(), .row = N, .relu = act, .accumulate = accumulate};
+  out.dtype = kDType<T>;
   if (act) out.row_bias = row_bias.data(), out.col_bias = col_bias.data();
   if (sums_wanted) out.row_sums = sums.data();
 
@@ -26,21 +29,22 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
     for (int64_t i = 0; i < M; ++i) {
       const auto at = [&](int64_t k) {
         const int64_t j = i * A.row + k * A.col;
-        return masked && mask[j] <= 0 ? 0.0 : a[j];
+        return masked && mask[j] <= 0 ? 0.0 : static_cast<double>(a[j]);
       };
       double row = accumulate ? sums_before[i] : 0;
       for (int64_t k = 0; k < K; ++k) row += at(k);
       if (!sums_wanted) row = sums_before[i];
       wrong += !close(sums[i], row, tolerance);
       for (int64_t j = 0; j < N; ++j) {
-        double z = accumulate ? before[i * N + j] : 0;
+        double z = accumulate ? static_cast<double>(before[i * N + j]) : 0;
         for (int64_t k = 0; k < K; ++k) z += at(k) * b[j * B.row + k * B.col];
         if (act) z = std::fmax(0, z + row_bias[i] + col_bias[j]);
-        wrong += !close(c[i * N + j], z, tolerance);
+        wrong += !close(c[i * N + j], z, tolerance + rounding<T>(z));
       }
     }
     if (wrong)
-      std::printf("%s M=%ld N=%ld K=%ld %d: %d\n", name, long(M), long(N), long(K), options, wrong);
+      std::printf("%s dtype %d M=%ld N=%ld K=%ld %d: %d\n", name, int(kDType<T>), long(M), long(N),
+                  long(K), options, wrong);
   };
 
   const auto in_parts = [&](const auto& run) {
@@ -63,9 +67,11 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
 }
 
 static int gemm(const cpu::Kernels& t) {
-  int wrong = 0, options = 0;
+  int wrong = 0, options = 0, tested = 0;
   const auto test = [&](int64_t M, int64_t N, int64_t K, int options) {
-    wrong += product(t, M, N, K, options) != 0;
+    wrong += product<float>(t, M, N, K, options) != 0;
+    if (++tested % 4 == 0) wrong += product<BFloat16>(t, M, N, K, options) != 0;
+    if (tested % 4 == 1) wrong += product<Float16>(t, M, N, K, options) != 0;
   };
   // Every M and N with some K, every K with some M and N, all of them nothing once. The steps visit
   // all options.
@@ -78,6 +84,7 @@ static int gemm(const cpu::Kernels& t) {
   for (int i = 0; i < 8; ++i) {
     test(30, 40, 1100, i + 8 * (i % 4)), test(370, 40, 18, i + 8 * (i % 4));
     test(20, 1100, 18, i + 8 * (i % 4)), test(60, 4096, 2, i + 8 * (i % 4));
+    test(2100, 20, 18, i + 8 * (i % 4));
   }
   Random random;
   for (int i = 0; i < random_cases; ++i) {
@@ -110,3 +117,66 @@ static int gemm_special(const cpu::Kernels& t) {
   return wrong;
 }
 static const Test gemm_special_test("gemm special values", gemm_special);
+
+// The positive number with these bits, if `fraction` of them are the fraction's and `exponent` the
+// exponent's; infinity is the power of two that comes after the largest number.
+static double decode(int64_t bits, int fraction, int exponent) {
+  const int64_t e = bits >> fraction, m = bits & ((1 << fraction) - 1);
+  const int bias = (1 << (exponent - 1)) - 1;
+  return e ? std::ldexp((1 << fraction) + m, static_cast<int>(e) - bias - fraction)
+           : std::ldexp(m, 1 - bias - fraction);
+}
+
+// y = x * 1 from one dtype to another, in vectors (x as B) and in parts of them (x as A).
+template <class From, class To>
+static void convert(const cpu::Kernels& t, Buffer<From>& x, Buffer<To>& y, Buffer<To>& z) {
+  Buffer<float> one(1), scratch(t.gemm_scratch);
+  one.fill(1);
+  const int64_t n = x.size();
+  const cpu::Matrix X = {x.data(), 1, n, nullptr, kDType<From>}, One = {one.data(), 1, 1};
+  cpu::GemmOutput out = {.c = y.data(), .row = n};
+  out.dtype = kDType<To>;
+  t.gemm(One, X, 1, out, {0, 1, 0, n}, scratch.data());
+  out.c = z.data(), out.row = 1;
+  t.gemm(X, One, 1, out, {0, n, 0, 1}, scratch.data());
+}
+
+// Every number is read right and comes back, NaN as NaN; what lies between two is rounded to the
+// nearer, or to the even one.
+template <class T>
+static int narrow(const cpu::Kernels& t) {
+  const int fraction = kDType<T> == DType::kBFloat16 ? 7 : 10, exponent = 15 - fraction;
+  const int64_t infinity = ((int64_t{1} << exponent) - 1) << fraction;
+  int wrong = 0;
+  Buffer<T> x(65536), y(65536), z(65536);
+  Buffer<float> wide(65536), same(65536);
+  for (int64_t i = 0; i < 65536; ++i) x[i].bits = static_cast<uint16_t>(i);
+  convert(t, x, wide, same), convert(t, x, y, z);
+  for (int64_t i = 0; i < 65536; ++i) {
+    const int64_t bits = i & 0x7fff;
+    const double size = bits < infinity ? decode(bits, fraction, exponent) : INFINITY;
+    const double expected = bits > infinity ? NAN : i > 0x7fff ? -size : size;
+    for (const double got : {double(wide[i]), double(same[i]), double(y[i]), double(z[i])})
+      wrong += !close(got, expected, 0);
+  }
+  Buffer<float> between(6 * infinity);
+  Buffer<T> rounded(between.size()), too(between.size());
+  for (int64_t i = 0; i < infinity; ++i) {
+    const auto middle =
+        static_cast<float>((decode(i, fraction, exponent) + decode(i + 1, fraction, exponent)) / 2);
+    for (int64_t j = 0; j < 3; ++j) {
+      const float value = j ? std::nextafter(middle, j == 1 ? 0.0f : INFINITY) : middle;
+      between[6 * i + 2 * j] = value, between[6 * i + 2 * j + 1] = -value;
+    }
+  }
+  convert(t, between, rounded, too);
+  for (int64_t i = 0; i < between.size(); ++i) {
+    const int64_t below = i / 6, which = i % 6 / 2;
+    const int64_t bits = below + (which == 0 ? below % 2 : which == 2);
+    for (const T got : {rounded[i], too[i]})
+      wrong += (got.bits & 0x7fff) != bits || (bits > 0 && got.bits >> 15 != i % 2);
+  }
+  return wrong;
+}
+static const Test bfloat16_test("bfloat16", narrow<BFloat16>);
+static const Test float16_test("float16", narrow<Float16>);

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import dlkernels
 from common import calls
+from dlkernels import _C
 from dlkernels._check import CASES
 
 TARGET = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -77,6 +78,27 @@ def test_schedulers(make):
         assert len(set(rates)) > 1
 
     compare(train)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    results = []
+    for library in (torch, dlkernels):
+        model = make_model()
+        if library is dlkernels:
+            dlkernels.convert(model)
+        dlkernels.reset_stats()
+        with torch.autocast("cpu", dtype):
+            y = model(batch())
+            loss = library.nn.CrossEntropyLoss()(y, TARGET)
+        assert y.dtype is dtype
+        loss.backward()
+        results.append([y, loss, *(p.grad for p in model.parameters())])
+    stats = dlkernels.stats()
+    left = dtype is torch.bfloat16 and _C.multiplies_bfloat16()
+    for op in ("conv2d_relu_max_pool2d", "mlp"):
+        assert stats[op]["torch" if left else "kernel"] == 1, op
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.01)
 
 
 def test_gradients_are_clipped():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import calls, check
+from common import RTOL, calls, check
 
 pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
 PAIRS = {
@@ -65,10 +65,11 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
 
 @op
 @layout
-def test_values_and_gradients(machine, op, layout):
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+def test_values_and_gradients(machine, op, layout, dtype):
     f, g = PAIRS[op]
     for args, kwargs in samples(LAYOUTS[layout]):
-        check(f, g, args, kwargs, forward=[op], backward=["conv2d_backward"])
+        check(f, g, args, kwargs, forward=[op], backward=["conv2d_backward"], dtype=dtype)
 
 
 @op
@@ -151,11 +152,9 @@ def test_compile(op):
 def test_left_to_torch(op):
     f, g = PAIRS[op]
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
-    for args in [(x.double(), w.double()), (x[:0], w), (x.bfloat16(), w.bfloat16())]:
+    for args in [(x.double(), w.double()), (x[:0], w)]:
         with calls(torchs=[op]):
             torch.testing.assert_close(f(*args, padding="same"), g(*args, padding="same"))
-    with torch.autocast("cpu"), calls(torchs=[op]):
-        assert f(x, w).dtype is torch.bfloat16
     with calls(torchs=[op]):
         batched = torch.func.vmap(lambda x: f(x, w, padding=(1, 2)))(x[None])
     torch.testing.assert_close(batched[0], g(x, w, padding=(1, 2)))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import calls, check
+from common import RTOL, calls, check
 
 PAIRS = {
     "linear": (ours.linear, F.linear),
@@ -49,10 +49,12 @@ def samples(device="cpu"):
 
 
 @op
-def test_values_and_gradients(machine, op):
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+def test_values_and_gradients(machine, op, dtype):
     f, g = PAIRS[op]
+    passes = {"forward": [op], "backward": ["linear_backward"]}
     for args in samples():
-        check(f, g, args, forward=[op], backward=["linear_backward"], grad_strides=False)
+        check(f, g, args, **passes, grad_strides=False, dtype=dtype)
 
 
 @op

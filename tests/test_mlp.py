@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlkernels.functional as ours
-from common import assert_close, calls, check
+from common import RTOL, assert_close, calls, check
 from dlkernels.nn import MLP
 
 
@@ -51,9 +51,11 @@ def samples():
     yield x.detach().t().contiguous().t().requires_grad_(), *parameters
 
 
-def test_values_and_gradients(machine):
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+def test_values_and_gradients(machine, dtype):
+    passes = {"forward": ["mlp"], "backward": ["mlp_backward"]}
     for args in samples():
-        check(mlp, stack, args, forward=["mlp"], backward=["mlp_backward"], grad_strides=False)
+        check(mlp, stack, args, **passes, grad_strides=False, dtype=dtype)
 
 
 def test_opcheck():

@@ -148,6 +148,9 @@ def test_which_kernels_there_are():
     assert {*kernels, *(f"{op}_backward" for op in kernels)} >= set(_C.stats())
     for op in kernels.values():
         assert op["cpu"]["float32"] == "yes" and "PyTorch" in op["cpu"]["float64"]
+    assert kernels["linear"]["cpu"]["float16"] == kernels["conv2d"]["cpu"]["float16"] == "yes"
+    for dtype in ("bfloat16", "float16"):
+        assert "PyTorch" in kernels["relu"]["cpu"][dtype]
     assert "kernels          cpu float32: all ops" in str(dlkernels.info())
 
 

@@ -3,8 +3,9 @@
 
 // The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
 // null.
-static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t row, int64_t C,
-                         int64_t pitch, float* left, float* right) {
+template <class T>
+static void unpool_pixel(const T* g, const uint8_t* argmax, int64_t row, int64_t C, int64_t pitch,
+                         float* left, float* right) {
   const Vec first = Vec::fill(static_cast<float>(2 * row)), second = first + Vec::fill(1);
   for (int64_t c = 0; c < pitch; c += Vec::kWidth) {
     const int64_t n = c < C ? least(C - c, Vec::kWidth) : 0, lanes = least(pitch - c, Vec::kWidth);
@@ -15,34 +16,39 @@ static void unpool_pixel(const float* g, const uint8_t* argmax, int64_t row, int
 }
 
 // Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a max-pool.
+template <class T>
 static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
                        int64_t channels, int64_t pitch, float* to) {
-  const float* row = x.data + n * x.sn + h / 2 * x.sh + c * x.sc;
+  const T* row = static_cast<const T*>(x.data) + n * x.sn + h / 2 * x.sh + c * x.sc;
   const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
   // Planes: gradients first as they are, each where the left pixel of its window goes, if both go.
   const int64_t whole = w + w % 2, windows = (w + cols - whole) / 2;
   if (x.sc != 1)
-    transpose_copy({row}, whole / 2, x.sc, channels, windows, to + (whole - w) * pitch, 2 * pitch);
+    transpose_copy(Source<T>(row), whole / 2, x.sc, channels, windows, to + (whole - w) * pitch,
+                   2 * pitch);
   for (int64_t i = (w - w % 2) / 2; 2 * i < w + cols; ++i) {
     float* const left = 2 * i >= w ? to + (2 * i - w) * pitch : nullptr;
     float* const right = 2 * i + 1 < w + cols ? to + (2 * i + 1 - w) * pitch : nullptr;
-    const float* g = row + i * x.sw;
-    if (x.sc != 1) {
+    const T* g = row + i * x.sw;
+    const uint8_t* const elements = argmax + i * x.C;
+    if (x.sc == 1) {
+      unpool_pixel(g, elements, h % 2, channels, pitch, left, right);
+    } else {
       float* const here = left ? left : right;
       if (!left || !right)
-        for (int64_t k = 0; k < channels; ++k) here[k] = g[k * x.sc];
-      g = here;
+        for (int64_t k = 0; k < channels; ++k) here[k] = static_cast<float>(g[k * x.sc]);
+      unpool_pixel(here, elements, h % 2, channels, pitch, left, right);
     }
-    unpool_pixel(g, argmax + i * x.C, h % 2, channels, pitch, left, right);
   }
 }
 
-constexpr int64_t kAhead = 64;  // floats
+constexpr int64_t kAhead = 64;  // elements
 
 // Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
 // i < channels, zeros beyond.
-static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
-                     int64_t c, int64_t channels, int64_t pitch, float* to) {
+template <class T>
+static void load_row_of(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols,
+                        int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
   // Columns [begin, end) of these lie inside the image.
   const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
   const int64_t W = x.argmax ? x.W / 2 * 2 : x.W, H = x.argmax ? x.H / 2 * 2 : x.H;
@@ -52,12 +58,13 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
   store_zeros(to, begin * pitch);
   store_zeros(to + end * pitch, (cols - end) * pitch);
   if (begin == end) return;
-  const Source s = {x.data, x.relu_y};
+  const Source<T> s(x.data, x.relu_y);
   const int64_t sw = step * x.sw, size = end - begin;
   const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
   to += begin * pitch;
-  if (x.argmax) return unpool_row(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
-  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {             // one run
+  if (x.argmax)
+    return unpool_row<T>(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
+  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {    // one run
     pack_run(s, from, size * pitch, size * pitch, to);
   } else if (x.sc == 1) {
     for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);
@@ -65,8 +72,8 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
     // The hardware does not follow so many planes at once: ask for the next rows of each.
     for (int64_t i = 0; i < channels; ++i) {
       const int64_t ahead = from + i * x.sc + kAhead;
-      __builtin_prefetch(x.data + ahead);
-      if (x.relu_y) __builtin_prefetch(x.relu_y + ahead);
+      __builtin_prefetch(s.x + ahead);
+      if (s.relu_y) __builtin_prefetch(s.relu_y + ahead);
     }
     transpose_copy(s, from, x.sc, channels, size, to, pitch);
     for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
@@ -75,6 +82,11 @@ static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t c
       for (int64_t j = 0; j < size; ++j)
         to[j * pitch + i] = i < channels ? s.at(from + i * x.sc + j * sw) : 0.0f;
   }
+}
+static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
+                     int64_t c, int64_t channels, int64_t pitch, float* to) {
+  with_type(x.dtype,
+            [&]<class T>() { load_row_of<T>(x, n, h, w, cols, step, c, channels, pitch, to); });
 }
 
 // Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + ...].
@@ -86,9 +98,11 @@ static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int6
 
 // Pools two rows of `windows` windows, a pixel every `pitch` floats: the values to y, a pixel every
 // y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above all,
-// and no gradient where ReLU lets none pass.
+// and no gradient where ReLU lets none pass. Sums are compared before they are rounded, so that
+// what rounding would make a tie is none.
+template <class To>
 static void pool_rows(const float* row, const float* next, int64_t pitch, int64_t windows,
-                      int64_t lanes, float* y, int64_t y_step, uint8_t* argmax, int64_t K) {
+                      int64_t lanes, To* y, int64_t y_step, uint8_t* argmax, int64_t K) {
   for (int64_t i = 0; i < windows; ++i)
     for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
       const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * pitch + c;
@@ -113,26 +127,31 @@ __attribute__((always_inline)) static inline void expect_rows(const Conv2d& v, i
                                                               int64_t rows, int64_t w, int64_t cols,
                                                               int64_t k, int64_t lanes) {
   const int64_t pool = v.argmax ? 2 : 1;
-  const float* const y = v.y + n * v.yn + h / pool * v.yh + w / pool * v.yw + k * v.yc;
-  for (int64_t c = 0; c < lanes; ++c)
-    for (int64_t i = 0; i < rows / pool; ++i)
-      for (int64_t j = 0; j < cols / pool; j += 16)
-        __builtin_prefetch(y + c * v.yc + i * v.yh + j, 1);
+  with_type(v.x.dtype, [&]<class T>() __attribute__((always_inline)) {
+    const T* const y =
+        static_cast<const T*>(v.y) + n * v.yn + h / pool * v.yh + w / pool * v.yw + k * v.yc;
+    for (int64_t c = 0; c < lanes; ++c)
+      for (int64_t i = 0; i < rows / pool; ++i)
+        for (int64_t j = 0; j < cols / pool; j += 64 / sizeof(T))
+          __builtin_prefetch(y + c * v.yc + i * v.yh + j, 1);
+  });
 }
 
 // Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a
 // pixel every `pitch` floats. With argmax it is two rows, the other at `next`, and they are pooled.
-static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
-                      int64_t lanes, const float* row, const float* next, int64_t pitch,
-                      float* scratch) {
+template <class T>
+static void store_row_of(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+                         int64_t lanes, const float* row, const float* next, int64_t pitch,
+                         float* scratch) {
   const bool last = v.yc == 1;
   if (v.argmax) {
     h /= 2, w /= 2, cols /= 2;
   }
-  float* const y = v.y + n * v.yn + h * v.yh + w * v.yw + k * v.yc;
+  T* const y = static_cast<T*>(v.y) + n * v.yn + h * v.yh + w * v.yw + k * v.yc;
   if (v.argmax) {
     uint8_t* const argmax = v.argmax + ((n * (v.h.out / 2) + h) * (v.w.out / 2) + w) * v.K + k;
-    pool_rows(row, next, pitch, cols, lanes, last ? y : scratch, last ? v.yw : pitch, argmax, v.K);
+    if (last) return pool_rows(row, next, pitch, cols, lanes, y, v.yw, argmax, v.K);
+    pool_rows(row, next, pitch, cols, lanes, scratch, pitch, argmax, v.K);
     row = scratch;
   } else if (last) {
     for (int64_t j = 0; j < cols; ++j)
@@ -140,5 +159,17 @@ static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t 
         store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
       });
   }
-  if (!last) transpose_copy({row}, 0, pitch, cols, lanes, y, v.yc);
+  if (!last) transpose_copy(Source<float>(row), 0, pitch, cols, lanes, y, v.yc);
+}
+static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+                      int64_t lanes, const float* row, const float* next, int64_t pitch,
+                      float* scratch) {
+  with_type(v.x.dtype, [&]<class T>() {
+    store_row_of<T>(v, n, h, w, cols, k, lanes, row, next, pitch, scratch);
+  });
+}
+
+// Where tiles may write y as it is: channels last, nothing to be pooled or rounded.
+static bool is_direct(const Conv2d& v) {
+  return v.yc == 1 && !v.argmax && v.x.dtype == DType::kFloat32;
 }

@@ -174,16 +174,17 @@ struct Panel {
 
 static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
   const int64_t c = v.x.C / v.groups;
-  for (int64_t i = begin; i < end; ++i) {
-    const Panel p(v, i);
-    float* panel = to + i * conv2d_panel_floats(v);
-    const float* const from = f.data + p.group * f.sg + p.k * f.so;
-    for (int64_t kh = 0; kh < v.h.taps; ++kh)
-      for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols) {
-        const Matrix tap = {from + kh * f.sh + kw * f.sw, f.so, f.si};
-        pack_panel<kTileCols>(tap, 0, p.lanes, 0, c, panel);
-      }
-  }
+  with_type(v.x.dtype, [&]<class T>() {
+    const Source<T> s(f.data);
+    for (int64_t i = begin; i < end; ++i) {
+      const Panel p(v, i);
+      float* panel = to + i * conv2d_panel_floats(v);
+      const int64_t from = p.group * f.sg + p.k * f.so;
+      for (int64_t kh = 0; kh < v.h.taps; ++kh)
+        for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols)
+          pack_panel<kTileCols>(s, from + kh * f.sh + kw * f.sw, f.so, f.si, p.lanes, c, panel);
+    }
+  });
 }
 
 // ---- forward, and grad_input, which is one with up = stride ----------------------------------
@@ -246,7 +247,7 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
   } else {
     float* const last = scratch + C * p.in_pitch;
     b.load(v.x, 0, C, last);
-    transpose_copy({last}, 0, C, pixels, C, scratch, p.in_pitch);
+    transpose_copy(Source<float>(last), 0, C, pixels, C, scratch, p.in_pitch);
   }
   const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, pool = v.argmax ? 2 : 1;
   float* const out = scratch + p.out;
@@ -261,15 +262,17 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
   });
   for (int64_t h = 0; h < rows; h += pool) {
     if (v.yc != 1 && !v.argmax) {
-      for (int64_t k = 0; k < v.K; ++k)
-        pack_run({out}, k * p.out_pitch + h * row, cols, cols,
-                 v.y + b.n * v.yn + k * v.yc + (b.h + h) * v.yh + b.w);
+      with_type(v.x.dtype, [&]<class T>() {
+        T* const to = static_cast<T*>(v.y) + b.n * v.yn + (b.h + h) * v.yh + b.w;
+        for (int64_t k = 0; k < v.K; ++k)
+          pack_run(Source<float>(out), k * p.out_pitch + h * row, cols, cols, to + k * v.yc);
+      });
       continue;
     }
     float* const last = scratch + p.rows;
     for (int64_t r = 0; r < pool; ++r)
-      transpose_copy({out}, (h + r) * row, p.out_pitch, v.K, cols, last + r * cols * kPixel,
-                     kPixel);
+      transpose_copy(Source<float>(out), (h + r) * row, p.out_pitch, v.K, cols,
+                     last + r * cols * kPixel, kPixel);
     store_row(v, b.n, b.h + h, b.w, cols, 0, v.K, last, last + cols * kPixel, kPixel,
               last + 2 * cols * kPixel);
   }
@@ -297,8 +300,8 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
       const int64_t k = p.group * (v.K / v.groups) + p.k;
       const float* panel = weight + j * conv2d_panel_floats(v);
       for (int64_t h = b.h; h < b.h_end; h += pool) {
-        if (v.yc == 1 && !v.argmax) {
-          float* y = v.y + b.n * v.yn + h * v.yh + b.w * v.yw + k;
+        if (is_direct(v)) {
+          float* y = static_cast<float*>(v.y) + b.n * v.yn + h * v.yh + b.w * v.yw + k;
           conv2d_row(v, b, scratch, p, panel, h, y, v.yw);
           continue;
         }
@@ -373,18 +376,20 @@ static int64_t conv2d_sum_floats(const Conv2d& v) {
 }
 
 // to[k, c, kh, kw] = sums as above, summed already, of panels [begin, end).
-static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to,
+static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
                           int64_t begin, int64_t end) {
   const int64_t c = v.x.C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
-  for (int64_t q = begin; q < end; ++q) {
-    const Panel p(v, q);
-    for (int64_t kh = 0; kh < v.h.taps; ++kh)
-      for (int64_t kw = 0; kw < v.w.taps; ++kw) {
-        const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
-        float* tap = to + p.group * f.sg + p.k * f.so + kh * f.sh + kw * f.sw;
-        unpack_panel(from, k, p.lanes, c, tap, f.so, f.si);
-      }
-  }
+  with_type(v.x.dtype, [&]<class T>() {
+    for (int64_t q = begin; q < end; ++q) {
+      const Panel p(v, q);
+      T* const weight = static_cast<T*>(to) + p.group * f.sg + p.k * f.so;
+      for (int64_t kh = 0; kh < v.h.taps; ++kh)
+        for (int64_t kw = 0; kw < v.w.taps; ++kw) {
+          const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
+          unpack_panel(from, k, p.lanes, c, weight + kh * f.sh + kw * f.sw, f.so, f.si);
+        }
+    }
+  });
 }
 
 constexpr Conv2dKernels kConv2d = {.blocks = conv2d_blocks,

@@ -217,8 +217,9 @@ static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
   constexpr int64_t W = Vec::kWidth;
   float x[kShort * W], probabilities[kShort * W];
   const int64_t first = row * a.C;
-  pack_panel<W>({a.x + first, a.C, 1}, 0, n, 0, a.C, x);
-  if (!a.target) pack_panel<W>({a.probabilities + first, a.C, 1}, 0, n, 0, a.C, probabilities);
+  pack_panel<W>(Source<float>(a.x), first, a.C, 1, n, a.C, x);
+  if (!a.target)
+    pack_panel<W>(Source<float>(a.probabilities), first, a.C, 1, n, a.C, probabilities);
   const double loss = rows_across(a, row, n, {x, probabilities, a.grad ? x : nullptr, W});
   for (int64_t c = 0; a.grad && c < a.C; c += W) {
     Vec r[W];

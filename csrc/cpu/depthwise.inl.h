@@ -60,17 +60,23 @@ static void each_tap_row(const Conv2d& v, int64_t begin, int64_t end, const F& f
 
 static void depthwise_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin,
                            int64_t end) {
-  each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
-    const Matrix row = {f.data + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw};
-    pack_panel<kTileCols>(row, 0, lanes, 0, v.w.taps, to + at);
+  with_type(v.x.dtype, [&]<class T>() {
+    const Source<T> s(f.data);
+    each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+      const int64_t from = g * f.sg + j * f.so + i * f.si + kh * f.sh;
+      pack_panel<kTileCols>(s, from, f.sg, f.sw, lanes, v.w.taps, to + at);
+    });
   });
 }
 
-static void depthwise_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to,
+static void depthwise_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
                              int64_t begin, int64_t end) {
-  each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
-    unpack_panel(sums + at, kTileCols, lanes, v.w.taps,
-                 to + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw);
+  with_type(v.x.dtype, [&]<class T>() {
+    T* const weight = static_cast<T*>(to);
+    each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+      unpack_panel(sums + at, kTileCols, lanes, v.w.taps,
+                   weight + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw);
+    });
   });
 }
 
@@ -82,9 +88,9 @@ static void split_groups(const float* from, int64_t pitch, int64_t pixels, int64
     for (int64_t g = 0; g < groups; g += kTileCols) {
       const int64_t at = p * pitch + g * each, lanes = least(groups - g, kTileCols);
       if (back)
-        transpose_copy({from}, at, kTileCols, each, lanes, to + at, each);
+        transpose_copy(Source<float>(from), at, kTileCols, each, lanes, to + at, each);
       else
-        transpose_copy({from}, at, each, lanes, each, to + at, kTileCols);
+        transpose_copy(Source<float>(from), at, each, lanes, each, to + at, kTileCols);
     }
 }
 
@@ -149,11 +155,15 @@ static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block&
 
 // The hardware does not follow many small planes at once: asks for those that come after these.
 // Inline, as expect_rows is.
-__attribute__((always_inline)) static inline void expect_planes(const float* planes, int64_t pitch,
+__attribute__((always_inline)) static inline void expect_planes(const void* data, DType dtype,
+                                                                int64_t first, int64_t pitch,
                                                                 int64_t channels) {
   constexpr int64_t kSmall = 1 << 10;
-  for (int64_t i = 0; i < channels * pitch && 1 < pitch && pitch <= kSmall; i += 16)
-    __builtin_prefetch(planes + channels * pitch + i);
+  if (pitch <= 1 || pitch > kSmall) return;
+  with_type(dtype, [&]<class T>() __attribute__((always_inline)) {
+    const T* const next = static_cast<const T*>(data) + first + channels * pitch;
+    for (int64_t i = 0; i < channels * pitch; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+  });
 }
 
 // A run of columns from row h, column w on, groups [first, first + groups), `each` channels of
@@ -175,7 +185,7 @@ static void load_groups(const Images& x, int64_t n, int64_t h, int64_t w, int64_
 // A block's inputs.
 static void depthwise_load(const Images& images, const DepthwiseCut& cut, const Block& b,
                            int64_t first, int64_t groups, float* x, float* temp) {
-  expect_planes(images.data + b.n * images.sn + first * cut.c * images.sc, images.sc,
+  expect_planes(images.data, images.dtype, b.n * images.sn + first * cut.c * images.sc, images.sc,
                 groups * cut.c);
   b.each_run([&](int64_t h, int64_t w) {
     load_groups(images, b.n, h, w, b.cols.run, b.cols.step, first, groups, cut.c, x,
@@ -197,16 +207,16 @@ static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64
       const int64_t groups = least(last - g, cut.chunk);
       const float* const taps = weight + g / kTileCols * depthwise_panel_floats(v);
       depthwise_load(v.x, cut, b, g, groups, scratch, temp);
-      expect_planes(v.y + b.n * v.yn + g * k * v.yc, v.yc, groups * k);
+      expect_planes(v.y, v.x.dtype, b.n * v.yn + g * k * v.yc, v.yc, groups * k);
       const float* bias = v.bias ? v.bias + g * k : nullptr;
       if (bias && k > 1) {
         split_groups(bias, 0, 1, groups, k, scratch + cut.biases);
         bias = scratch + cut.biases;
       }
       for (int64_t h = b.h; h < b.h_end; h += pool) {
-        if (k == 1 && v.yc == 1 && !v.argmax) {
+        if (k == 1 && is_direct(v)) {
           depthwise_row(v, cut, b, scratch, taps, groups, bias, h,
-                        v.y + b.n * v.yn + h * v.yh + b.w * v.yw + g, v.yw);
+                        static_cast<float*>(v.y) + b.n * v.yn + h * v.yh + b.w * v.yw + g, v.yw);
           continue;
         }
         for (int64_t r = 0; r < pool; ++r) {

@@ -13,7 +13,8 @@ static const Kernels* const* supported() {
   if (tables[0]) return tables;
   int count = 0;
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     tables[count++] = &avx512;
@@ -41,6 +42,15 @@ static const Kernels* choose() {
 static std::atomic<const Kernels*> current{choose()};
 
 const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool does = __builtin_cpu_supports("avx512bf16");
+  return does && &kernels() == &avx512;
+#else
+  return false;
+#endif
+}
 
 bool set_isa(const char* isa) {
   for (const Kernels* const* table = supported(); *table; ++table)

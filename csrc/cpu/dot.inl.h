@@ -3,15 +3,17 @@
 
 // R rows of A times S rows of B, both along k: a vector of k at a time, sums across lanes at the
 // end. Rows that do not exist repeat the last one.
-template <int R, int S>
+template <class T, int R, int S>
 static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out, int64_t m,
                      int64_t n, int64_t rows, int64_t cols) {
   constexpr int64_t W = Vec::kWidth, kGroups = (R * S + W - 1) / W;
-  const float *pa[R], *pb[S];
+  const T *pa[R], *pb[S];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) pa[r] = a.data + (m + least(r, rows - 1)) * a.row;
+  for (int r = 0; r < R; ++r)
+    pa[r] = static_cast<const T*>(a.data) + (m + least(r, rows - 1)) * a.row;
 #pragma GCC unroll 8
-  for (int s = 0; s < S; ++s) pb[s] = b.data + (n + least(s, cols - 1)) * b.row;
+  for (int s = 0; s < S; ++s)
+    pb[s] = static_cast<const T*>(b.data) + (n + least(s, cols - 1)) * b.row;
   Vec sums[kGroups][W];
 #pragma GCC unroll 16
   for (int i = 0; i < kGroups * W; ++i) sums[i / W][i % W] = Vec::zero();
@@ -42,15 +44,15 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
     each_vector(0, cols, [&](int64_t s, int64_t lanes) {
       Tile<1, 1> tile;
       tile.c[0][0] = load(c + r * S + s, lanes);
-      tile.store(out, m + r, n + s, lanes);
+      tile.template store<T>(out, m + r, n + s, lanes);
     });
 }
 
-template <int R, int S>
+template <class T, int R, int S>
 static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                       const GemmPart& part) {
   const auto tile = [&](int64_t m, int64_t n) {
-    dot_tile<R, S>(a, b, K, out, m, n, least(part.m1 - m, R), least(part.n1 - n, S));
+    dot_tile<T, R, S>(a, b, K, out, m, n, least(part.m1 - m, R), least(part.n1 - n, S));
   };
   // The operand with more rows is read once.
   if (part.m1 - part.m0 > part.n1 - part.n0) {
@@ -63,15 +65,21 @@ static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
 }
 
 // Tiles of at most Vec::kWidth sums, so that their number suits one transposition.
+template <class T>
+static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                const GemmPart& part) {
+  const int64_t M = part.m1 - part.m0, N = part.n1 - part.n0;
+  if (M == 1) return dot_tiles<T, 1, 8>(a, b, K, out, part);
+  if (N == 1) return dot_tiles<T, 8, 1>(a, b, K, out, part);
+  if constexpr (Vec::kWidth == 16) {
+    if (ceil_div(N, 5) * 5 < ceil_div(N, 4) * 4) return dot_tiles<T, 3, 5>(a, b, K, out, part);
+    return dot_tiles<T, 4, 4>(a, b, K, out, part);
+  } else {
+    return dot_tiles<T, 2, 4>(a, b, K, out, part);
+  }
+}
+
 static void gemm_dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                      const GemmPart& part) {
-  const int64_t M = part.m1 - part.m0, N = part.n1 - part.n0;
-  if (M == 1) return dot_tiles<1, 8>(a, b, K, out, part);
-  if (N == 1) return dot_tiles<8, 1>(a, b, K, out, part);
-  if constexpr (Vec::kWidth == 16) {
-    if (ceil_div(N, 5) * 5 < ceil_div(N, 4) * 4) return dot_tiles<3, 5>(a, b, K, out, part);
-    return dot_tiles<4, 4>(a, b, K, out, part);
-  } else {
-    return dot_tiles<2, 4>(a, b, K, out, part);
-  }
+  with_type(a.dtype, [&]<class T>() { dot<T>(a, b, K, out, part); });
 }

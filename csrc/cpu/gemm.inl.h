@@ -1,12 +1,13 @@
 // The one GEMM: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias), tile by tile in registers. Tiles
 // read an operand where it lies if its rows or (A) its columns run along memory, and B's rows side
-// by side; what lies otherwise or is masked is packed into panels (pack.inl.h) first. The sum over
-// k runs in blocks of the same depth, each in order, whatever the part: same bits always.
+// by side; what lies otherwise, is masked or narrow is packed into panels (pack.inl.h) first. The
+// sum over k runs in blocks of the same depth, each in order, whatever the part: same bits always.
 
 constexpr int64_t kDepth = 512;                 // at most: a longer sum makes fewer passes over C
 constexpr int64_t kBlockRows = 12 * kTileRows;  // a block of A and a block of B share L2
 constexpr int64_t kBlockCols = 16 * kTileCols;
-constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth;
+constexpr int64_t kSums = 1 << 18;  // floats that are still to be rounded
+constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth + kSums;
 
 // Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
 struct View {
@@ -67,20 +68,41 @@ template <int64_t W>
 static void pack_block(const Matrix& x, int64_t i0, int64_t rows, int64_t step, int64_t k0,
                        int64_t depth, float* panels) {
   const int64_t most = pack_step(x);
-  for (int64_t k = 0; k < depth; k += most) {
-    float* p = panels + k * W;
-    for (int64_t i = 0; i < rows; i += step, p += depth * W)
-      pack_panel<W>(x, i0 + i, least(rows - i, step), k0 + k, least(depth - k, most), p);
-  }
+  with_type(x.dtype, [&]<class T>() {
+    const Source<T> s(x.data, x.relu_y);
+    for (int64_t k = 0; k < depth; k += most) {
+      float* p = panels + k * W;
+      for (int64_t i = 0; i < rows; i += step, p += depth * W)
+        pack_panel<W>(s, (i0 + i) * x.row + (k0 + k) * x.col, x.row, x.col, least(rows - i, step),
+                      least(depth - k, most), p);
+    }
+  });
 }
 
-static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                 const GemmPart& part, float* scratch) {
-  const bool a_lies = !a.relu_y && (a.row == 1 || (a.col == 1 && !out.row_sums));
+// The same elements, widened and masked but where they are from each other: lines along memory.
+static void widen_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
+                        float* to) {
+  const bool columns = x.row == 1;
+  const int64_t lines = columns ? depth : rows, size = columns ? rows : depth;
+  const int64_t from = i0 * x.row + k0 * x.col, pitch = columns ? x.col : x.row;
+  with_type(x.dtype, [&]<class T>() {
+    const Source<T> s(x.data, x.relu_y);
+    for (int64_t i = 0; i < lines; ++i) pack_run(s, from + i * pitch, size, size, to + i * size);
+  });
+}
+
+// Into float32.
+static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                      const GemmPart& part, float* scratch) {
+  const bool a_along = a.row == 1 || (a.col == 1 && !out.row_sums);
+  const bool a_narrow = a.dtype != DType::kFloat32, a_lies = a_along && !a_narrow && !a.relu_y;
   // Where B's rows are a large power of two apart, all fall into the same few sets of a cache.
   // Tiles that take two lines of each row bear that better (measured on Zen 5).
   const bool b_falls = b.col % (kTileCols < 32 ? 1024 : 4096) == 0;
-  const bool b_lies = !b.relu_y && b.row == 1 && (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
+  const bool b_lies = b.dtype == DType::kFloat32 && !b.relu_y && b.row == 1 &&
+                      (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
+  const float* const a_data = static_cast<const float*>(a.data);
+  const float* const b_data = static_cast<const float*>(b.data);
   float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
   // Tiles of even height, depth alike: 15 rows are 8 and 7, not 14 and 1.
   const int64_t M = part.m1 - part.m0;
@@ -101,17 +123,23 @@ static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& 
       pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
       for (int64_t m = part.m0; m < part.m1; m += block_rows) {
         const int64_t rows = least(part.m1 - m, block_rows);
-        if (!a_lies) pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
+        const bool widen = a_along && a_narrow;
+        if (widen)
+          widen_block(a, m, rows, k, depth, a_block);
+        else if (!a_lies)
+          pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
         const auto a_view = [&](int64_t i) -> View {
-          if (!a_lies) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
-          return {a.data + (m + i) * a.row + k * a.col, a.row, a.col};
+          if (a_lies) return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
+          if (!widen) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
+          if (a.row == 1) return {a_block + i, 1, rows};
+          return {a_block + i * depth, depth, 1};
         };
         if (out.row_sums && n == 0)
           for (int64_t i = 0; i < rows; i += tile_rows)
             sum_columns(a_view(i), least(rows - i, tile_rows), depth, out.row_sums + m + i,
                         !step.first || out.accumulate);
         const auto tile = [&](int64_t i, int64_t j, int64_t most) {
-          const View b_view = j < whole ? View{b.data + n + j + k * b.col, 1, b.col}
+          const View b_view = j < whole ? View{b_data + n + j + k * b.col, 1, b.col}
                                         : View{b_block + (j - whole) * depth, 1, kTileCols};
           gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
                     least(cols - j, most), step);
@@ -130,6 +158,41 @@ static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& 
       }
       k += depth;
     } while (k < K);
+    n += cols;
+  } while (n < part.n1);
+}
+
+// Without the first i rows.
+static Matrix rows_from(Matrix m, int64_t i) {
+  with_type(m.dtype, [&]<class T>() {
+    m.data = static_cast<const T*>(m.data) + i * m.row;
+    if (m.relu_y) m.relu_y = static_cast<const T*>(m.relu_y) + i * m.row;
+  });
+  return m;
+}
+
+static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                 const GemmPart& part, float* scratch) {
+  if (out.dtype == DType::kFloat32) return gemm_wide(a, b, K, out, part, scratch);
+  float* const sums = scratch + (kBlockRows + kBlockCols) * kDepth;
+  int64_t n = part.n0;
+  do {  // once at least: an empty C may still want row_sums
+    const int64_t cols = least(part.n1 - n, kBlockCols);
+    for (int64_t m = part.m0, rows; m < part.m1; m += rows) {
+      rows = least(part.m1 - m, kSums / kBlockCols);
+      const GemmOutput wide = {.c = sums,
+                               .row = cols,
+                               .row_bias = out.row_bias ? out.row_bias + m : nullptr,
+                               .col_bias = out.col_bias ? out.col_bias + n : nullptr,
+                               .relu = out.relu,
+                               .row_sums = out.row_sums && n == 0 ? out.row_sums + m : nullptr};
+      gemm_wide(rows_from(a, m), rows_from(b, n), K, wide, {0, rows, 0, cols}, scratch);
+      with_type(out.dtype, [&]<class T>() {
+        T* const c = static_cast<T*>(out.c) + m * out.row + n;
+        for (int64_t i = 0; i < rows; ++i)
+          pack_run(Source<float>(sums), i * cols, cols, cols, c + i * out.row);
+      });
+    }
     n += cols;
   } while (n < part.n1);
 }

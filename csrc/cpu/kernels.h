@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace dlkernels::cpu {
 
 // ---- the shared GEMM: C[m, n] = sum_k A[m, k] * B[n, k] ------------------------------------
@@ -11,21 +13,24 @@ namespace dlkernels::cpu {
 // Element (i, k) is data[i * row + k * col]. With relu_y, laid out as data, an element counts as
 // 0 where relu_y <= 0: the gradient of a ReLU, applied while it is read.
 struct Matrix {
-  const float* data;
+  const void* data;
   int64_t row, col;
-  const float* relu_y = nullptr;
+  const void* relu_y = nullptr;
+  DType dtype = DType::kFloat32;
 };
 
-// Where C (M, N) goes and what is done to it on the way: c[m * row + n] = act(C + bias).
+// Where C (M, N) goes and what is done to it on the way: c[m * row + n] = act(C + bias), rounded
+// once where c is narrow.
 struct GemmOutput {
-  float* c;
+  void* c;
   int64_t row = 0;
   const float* row_bias = nullptr;  // (M) or null
   const float* col_bias = nullptr;  // (N) or null
   bool relu = false;
-  bool accumulate = false;  // add to what c and row_sums hold
+  bool accumulate = false;  // add to what c and row_sums hold; float32 alone
   float* row_sums =
       nullptr;  // (M) or null: row_sums[m] = sum_k A[m, k]; written by the part with n = 0
+  DType dtype = DType::kFloat32;  // of c
 };
 
 // The part of C a call computes: rows [m0, m1), columns [n0, n1).
@@ -40,14 +45,16 @@ constexpr int64_t kNoElement = 255;  // the argmax of a window to which no gradi
 // An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw], or 0
 // where relu_y, laid out alike, is <= 0. Channels lie along memory (sc = 1), or columns (sw = 1).
 struct Images {
-  const float* data;
-  const float* relu_y;
+  const void* data;
+  const void* relu_y;
   int64_t C, H, W, sn, sc, sh, sw;
 
   // The gradient of a max-pool with windows of 2x2, from that of its output: H and W are the pool's
   // input, data and its strides the output (N, C, H / 2, W / 2). argmax, channels last, says which
   // element of its window each gradient belongs to: 0 to 3, or none.
   const uint8_t* argmax = nullptr;
+
+  DType dtype = DType::kFloat32;
 };
 
 // One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a
@@ -58,12 +65,13 @@ struct ConvAxis {
 
 // x -> y (N, K, OH, OW) = act(conv2d(x) + bias). y by its strides, as Images. With argmax, OH and
 // OW are even and what is written is the max-pool of that, 2x2: y (N, K, OH / 2, OW / 2), and which
-// element of its window (kNoElement where that is <= 0), channels last.
+// element of its window (kNoElement where that is <= 0), channels last. x's dtype is that of y and
+// of the weights.
 struct Conv2d {
   Images x;
   ConvAxis h, w;
   int64_t groups, K;
-  float* y = nullptr;
+  void* y = nullptr;
   int64_t yn = 0, yc = 0, yh = 0, yw = 0;
   uint8_t* argmax = nullptr;
   const float* bias = nullptr;  // (K) or null
@@ -73,7 +81,7 @@ struct Conv2d {
 // Weights: output o and input i of group g at data[g * sg + o * so + i * si + kh * sh + kw * sw]. A
 // rotated kernel has negative steps.
 struct Filter {
-  const float* data;
+  const void* data;
   int64_t sg, so, si, sh, sw;
 };
 
@@ -102,7 +110,7 @@ struct Conv2dKernels {
                       float* scratch);
 
   // The panels' part of the gradient from all sums, added up; `to` by the strides of a filter.
-  void (*unpack)(const Conv2d& conv, const float* sums, const Filter& strides, float* to,
+  void (*unpack)(const Conv2d& conv, const float* sums, const Filter& strides, void* to,
                  int64_t begin, int64_t end);
 };
 
@@ -189,8 +197,8 @@ struct Kernels {
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                const GemmPart& part, float* scratch);
 
-  // The same where both operands have col = 1, without masks and row_sums, and nothing is packed:
-  // for a few rows of either, where the sum is long.
+  // The same where both operands have col = 1, without masks and row_sums, all of one dtype, and
+  // nothing is packed: for a few rows of either, where the sum is long.
   void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                    const GemmPart& part);
 
@@ -246,6 +254,10 @@ struct Kernels {
   int64_t multiply_add_flops;
   float (*multiply_add)(int64_t times);
 };
+
+// Whether that machine multiplies pairs of bfloat16 by instructions that its table has none of: to
+// widen them first is the slower way there.
+bool multiplies_bfloat16();
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own
 // ATEN_CPU_CAPABILITY=default|avx2|avx512 lower it.

@@ -8,11 +8,21 @@ static constexpr int64_t round_up(int64_t n, int64_t to = Vec::kWidth) {
 }
 
 // n <= Vec::kWidth elements, with a plain load or store where that is a whole vector.
-static inline Vec load(const float* p, int64_t n) {
+template <class T>
+static inline Vec load(const T* p, int64_t n) {
   return n == Vec::kWidth ? Vec::load(p) : Vec::load(p, n);
 }
-static inline void store(Vec v, float* p, int64_t n) {
+template <class T>
+static inline void store(Vec v, T* p, int64_t n) {
   n == Vec::kWidth ? v.store(p) : v.store(p, n);
+}
+
+// f<T>(), where elements of that dtype are T.
+template <class F>
+__attribute__((always_inline)) static inline void with_type(DType dtype, const F& f) {
+  if (dtype == DType::kFloat32) return f.template operator()<float>();
+  if (dtype == DType::kBFloat16) return f.template operator()<BFloat16>();
+  f.template operator()<Float16>();
 }
 
 // f(i, n) for vectors of n elements from i, all of them whole but the last.

@@ -8,6 +8,6 @@ static void relu(const float* x, float* y, int64_t begin, int64_t end) {
 
 static void relu_backward(const float* grad_y, const float* y, float* grad_x, int64_t begin,
                           int64_t end) {
-  const Source grad = {grad_y, y};
+  const Source<float> grad(grad_y, y);
   each_vector(begin, end, [&](int64_t i, int64_t n) { store(grad.at(i, n), grad_x + i, n); });
 }

@@ -1,8 +1,10 @@
-// Vec for AVX2 + FMA: 8 floats. Same names as simd_avx512.h and simd_baseline.h.
+// Vec for AVX2 + FMA + F16C: 8 floats. Same names as simd_avx512.h and simd_baseline.h.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "narrow.h"
 
 namespace dlkernels::cpu {
 namespace {
@@ -24,6 +26,26 @@ struct Vec {
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static Vec load(const BFloat16* p, int64_t n = kWidth) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(&p->bits, n)), 16);
+    return {_mm256_castsi256_ps(bits)};
+  }
+  static Vec load(const Float16* p, int64_t n = kWidth) {
+    return {_mm256_cvtph_ps(load_halves(&p->bits, n))};
+  }
+  void store(BFloat16* p, int64_t n = kWidth) const {
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_slli_epi32(bits, 15);
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_srli_epi32(odd, 31));
+    const __m256 rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
+    const __m256 quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(1 << 22)));
+    const __m256 kept = _mm256_blendv_ps(rounded, quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i w = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    store_halves(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)),
+                 &p->bits, n);
+  }
+  void store(Float16* p, int64_t n = kWidth) const {
+    store_halves(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), &p->bits, n);
+  }
   // Lanes as bytes: exact for whole numbers from 0 to 255. No byte masks here: moves that overlap.
   static Vec load_bytes(const uint8_t* p, int64_t n) {
     uint64_t bytes = 0;
@@ -34,8 +56,8 @@ struct Vec {
       __builtin_memcpy(&lo, p, 4);
       __builtin_memcpy(&hi, p + n - 4, 4);
       bytes = lo | static_cast<uint64_t>(hi) << (8 * (n - 4));
-    } else if (n > 0) {
-      bytes = p[0] | p[n / 2] << (8 * (n / 2)) | p[n - 1] << (8 * (n - 1));
+    } else {
+      bytes = load_few(p, n);
     }
     const __m128i b = _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b))};
@@ -54,6 +76,33 @@ struct Vec {
     } else {
       for (int64_t k = 0; k < n; ++k) p[k] = static_cast<uint8_t>(bytes >> (8 * k));
     }
+  }
+  // 16 bits a lane. No masks for these either.
+  static __m128i load_halves(const uint16_t* p, int64_t n) {
+    if (n == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    uint64_t lo, hi = 0;
+    if (n >= 4) {
+      __builtin_memcpy(&lo, p, 8);
+      __builtin_memcpy(&hi, p + n - 4, 8);
+      hi = n > 4 ? hi >> (16 * (8 - n)) : 0;
+    } else {
+      lo = load_few(p, n);
+    }
+    return _mm_set_epi64x(static_cast<int64_t>(hi), static_cast<int64_t>(lo));
+  }
+  static void store_halves(__m128i v, uint16_t* p, int64_t n) {
+    if (n == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+    uint16_t halves[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), v);
+    for (int64_t i = 0; i < n; ++i) p[i] = halves[i];
+  }
+  // p[i] for i < n < 4, side by side.
+  template <class T>
+  static uint64_t load_few(const T* p, int64_t n) {
+    constexpr int64_t kBits = 8 * sizeof(T);
+    if (n == 0) return 0;
+    return p[0] | static_cast<uint64_t>(p[n / 2]) << (kBits * (n / 2)) |
+           static_cast<uint64_t>(p[n - 1]) << (kBits * (n - 1));
   }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),

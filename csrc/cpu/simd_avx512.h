@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "narrow.h"
+
 namespace dlkernels::cpu {
 namespace {
 
@@ -27,6 +29,24 @@ struct Vec {
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  static Vec load(const BFloat16* p, int64_t n = kWidth) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p, n)), 16);
+    return {_mm512_castsi512_ps(bits)};
+  }
+  static Vec load(const Float16* p, int64_t n = kWidth) {
+    return {_mm512_cvtph_ps(load_halves(p, n))};
+  }
+  void store(BFloat16* p, int64_t n = kWidth) const {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_slli_epi32(bits, 15);
+    const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_srli_epi32(odd, 31));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
+    const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
+    store_halves(_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), p, n);
+  }
+  void store(Float16* p, int64_t n = kWidth) const {
+    store_halves(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), p, n);
+  }
   // Lanes as bytes: exact for whole numbers from 0 to 255.
   static Vec load_bytes(const uint8_t* p, int64_t n) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
@@ -37,6 +57,12 @@ struct Vec {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     else
       _mm_mask_storeu_epi8(p, first(n), bytes);
+  }
+  static __m256i load_halves(const void* p, int64_t n) {
+    return _mm256_maskz_loadu_epi16(first(n), p);
+  }
+  static void store_halves(__m256i v, void* p, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), v);
   }
   static Mask first(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
 };

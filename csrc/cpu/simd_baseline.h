@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "narrow.h"
+
 namespace dlkernels::cpu {
 namespace {
 
@@ -24,14 +26,16 @@ struct Vec {
     __builtin_memcpy(&a, p, sizeof a);
     return a;
   }
-  static Vec load(const float* p, int64_t n) {
+  template <class T>  // float, BFloat16 or Float16, here and in the other two
+  static Vec load(const T* p, int64_t n = kWidth) {
     Vec a = zero();
-    for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
+    for (int64_t i = 0; i < n; ++i) a.v[i] = static_cast<float>(p[i]);
     return a;
   }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  void store(float* p, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  template <class T>
+  void store(T* p, int64_t n = kWidth) const {
+    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<T>(v[i]);
   }
   // Lanes as bytes: exact for whole numbers from 0 to 255.
   static Vec load_bytes(const uint8_t* p, int64_t n) {

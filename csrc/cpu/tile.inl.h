@@ -42,9 +42,10 @@ struct Tile {
 
   // The epilogue, to rows m + r and columns n to n + cols of C. A short sum is over before many
   // branches are, so they stand outside the loops.
+  template <class T = float>
   __attribute__((always_inline)) void store(const GemmOutput& out, int64_t m, int64_t n,
                                             int64_t cols = V * Vec::kWidth, Step step = {}) {
-    float* const to = out.c + m * out.row + n;
+    T* const to = static_cast<T*>(out.c) + m * out.row + n;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       store_lanes(v, out, m, n + v * Vec::kWidth, to + v * Vec::kWidth,
@@ -52,8 +53,9 @@ struct Tile {
   }
 
  private:
+  template <class T>
   __attribute__((always_inline)) void store_lanes(int v, const GemmOutput& out, int64_t m,
-                                                  int64_t n, float* to, int64_t lanes, Step step) {
+                                                  int64_t n, T* to, int64_t lanes, Step step) {
     if (!step.first || out.accumulate)
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) c[r][v] = c[r][v] + load(to + r * out.row, lanes);

@@ -209,8 +209,10 @@ static int64_t winograd_sum_floats(const Conv2d& v) {
 // Inputs whose weights are turned on their side at a time.
 constexpr int64_t kFilterInputs = 16;
 
-template <int M>
-static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
+template <int M, class T>
+static void winograd_pack_of(const Conv2d& v, const Filter& f, float* to, int64_t begin,
+                             int64_t end) {
+  const Source<T> s(f.data);
   constexpr int64_t kPoints = WinogradCut<M>::kPoints;
   const int64_t C = v.x.C;
   float taps[kFilterInputs * 9 * kTileCols];
@@ -218,16 +220,16 @@ static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t b
     const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
     for (int64_t c = 0; c < C; c += kFilterInputs) {
       const int64_t inputs = least(C - c, kFilterInputs);
-      const float* const from = f.data + p * kTileCols * f.so + c * f.si;
+      const int64_t from = p * kTileCols * f.so + c * f.si;
       const bool turned = f.sw == -1 && f.sh == -3;  // taps along memory, last to first
       const bool along = turned || (f.sw == 1 && f.sh == 3);
       // taps[input][tap][output] or taps[tap][input][output], as the weights lie
       const int64_t input = (along ? 9 : 1) * kTileCols, tap = (along ? 1 : inputs) * kTileCols;
       for (int64_t i = 0; i < inputs && along; ++i)
-        pack_panel<kTileCols>({from + i * f.si - (turned ? 8 : 0), f.so, 1}, 0, lanes, 0, 9,
+        pack_panel<kTileCols>(s, from + i * f.si - (turned ? 8 : 0), f.so, 1, lanes, 9,
                               taps + i * input);
       for (int64_t i = 0; i < 9 && !along; ++i)
-        pack_panel<kTileCols>({from + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si}, 0, lanes, 0, inputs,
+        pack_panel<kTileCols>(s, from + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si, lanes, inputs,
                               taps + i * tap);
       for (int64_t i = 0; i < inputs; ++i)
         for (int64_t o = 0; o < kTileCols; o += Vec::kWidth) {
@@ -241,6 +243,10 @@ static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t b
         }
     }
   }
+}
+template <int M>
+static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
+  with_type(v.x.dtype, [&]<class T>() { winograd_pack_of<M, T>(v, f, to, begin, end); });
 }
 
 // ---- forward, and grad_input, which is one with turned weights -------------------------------
@@ -274,9 +280,9 @@ static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64
   float* const pooled = scratch + M * M * b.cols * Vec::kWidth;
   for (int64_t i = 0; i < b.rows; ++i) {
     const int64_t h0 = M * (b.row + i), rows = least(v.h.out - h0, M);
-    const bool whole =
-        v.yc == 1 && !v.argmax && lanes == Vec::kWidth && rows == M && width == M * b.cols;
-    float* const to = whole ? v.y + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
+    const bool whole = is_direct(v) && lanes == Vec::kWidth && rows == M && width == M * b.cols;
+    float* const to =
+        whole ? static_cast<float*>(v.y) + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
     if (v.yc != 1) expect_rows(v, b.n, h0, rows, M * b.col, width, k, lanes);
     const int64_t row = whole ? v.yh : M * b.cols * Vec::kWidth, col = whole ? v.yw : Vec::kWidth;
     for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
@@ -384,9 +390,9 @@ static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t 
 }
 
 // The gradient of panels [begin, end) from their sums, in the strides of a filter.
-template <int M>
-static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f, float* to,
-                            int64_t begin, int64_t end) {
+template <int M, class T>
+static void winograd_unpack_of(const Conv2d& v, const float* sums, const Filter& f, T* to,
+                               int64_t begin, int64_t end) {
   constexpr int64_t kPoints = WinogradCut<M>::kPoints;
   const int64_t C = v.x.C;
   float taps[kFilterInputs * 9 * kTileCols];
@@ -402,7 +408,7 @@ static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f,
               [&](int h, int w) { return Vec::load(s + (h * (M + 2) + w) * C * kTileCols); },
               [&](int h, int w, Vec e) { e.store(t + (3 * h + w) * kTileCols); });
         }
-      float* const weight = to + p * kTileCols * f.so + c * f.si;
+      T* const weight = to + p * kTileCols * f.so + c * f.si;
       const bool along = f.sw == 1 && f.sh == 3;  // taps along memory
       for (int64_t i = 0; i < inputs && along; ++i)
         unpack_panel(taps + i * 9 * kTileCols, kTileCols, lanes, 9, weight + i * f.si, f.so, 1);
@@ -411,6 +417,13 @@ static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f,
                      weight + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si);
     }
   }
+}
+
+template <int M>
+static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
+                            int64_t begin, int64_t end) {
+  with_type(v.x.dtype,
+            [&]<class T>() { winograd_unpack_of<M>(v, sums, f, static_cast<T*>(to), begin, end); });
 }
 
 template <int M>

@@ -8,13 +8,15 @@
 #pragma once
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace dlkernels::cuda {
 
 using Stream = void*;               // a cudaStream_t
 using Error = int;                  // a cudaError_t; 0 is success
 constexpr Error kInvalidValue = 1;  // cudaErrorInvalidValue
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };  // stored so; sums are float32
+using dlkernels::DType;
 
 // y[i] = max(x[i], 0), a NaN stays one; grad_x[i] = y[i] <= 0 ? 0 : grad_y[i]. i < n
 Error relu(DType dtype, const void* x, void* y, int64_t n, Stream stream);

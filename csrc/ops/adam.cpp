@@ -74,7 +74,7 @@ struct Adam {
         const int64_t count = static_cast<int64_t>(tensors.size());
         const Tensor workspace =
             at::empty({kernels.adam_workspace(count)}, params[0].options().dtype(at::kFloat));
-        return kernels.adam(cuda_dtype(dtype), tensors.data(), count, options,
+        return kernels.adam(dtype_of(dtype), tensors.data(), count, options,
                             workspace.mutable_data_ptr<float>(), stream);
       });
     }

@@ -110,10 +110,14 @@ void sum_gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& x
       cpu::kernels().sum_rows(partial, chunks, n, result, begin, end);
     });
   };
-  if (bias_to) reduce(bias_to, bias_size, grad_bias.mutable_data_ptr<float>());
+  if (bias_to) {
+    const Tensor total = widened_empty(grad_bias);
+    reduce(bias_to, bias_size, total.mutable_data_ptr<float>());
+    if (!total.is_same(grad_bias)) grad_bias.copy_(total);
+  }
   if (to) {
     reduce(to, size, to);
-    float* const result = grad_weight.mutable_data_ptr<float>();
+    void* const result = grad_weight.mutable_data_ptr();
     parallel_chunks(panels, 1 + 20000 * panels / size, [&](int64_t begin, int64_t end) {
       kernels.unpack(v, to, g.filter(grad_weight), result, begin, end);
     });
@@ -209,9 +213,8 @@ bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation) {
   check_device(kName<kRelu>, input, weight);
   check_device(kName<kRelu>, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
-         same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
-         fits_cuda(input, weight, stride, padding, dilation) && has_products(input.device());
+  return are_for_products(input, weight, bias) && input.sym_numel() != 0 &&
+         weight.sym_numel() != 0 && fits_cuda(input, weight, stride, padding, dilation);
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
@@ -238,12 +241,11 @@ Grads conv2d_backward_meta(const Tensor& grad_y, const Tensor& input, const Tens
   TORCH_CHECK(grad_y.sym_sizes() == sizes && (!y || y->sym_sizes() == sizes),
               "conv2d_backward: grad_y and y must be ", sizes, ", got grad_y ", grad_y.sym_sizes(),
               y ? " and y " : "", y ? y->sym_sizes() : SymIntArrayRef());
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      is_ours(grad_y) && is_ours(input) && is_ours(weight) && is_ours(y) &&
-          same_dtype(grad_y, input) && same_dtype(grad_y, weight) && same_dtype(grad_y, y) &&
-          input.sym_numel() != 0 && weight.sym_numel() != 0,
-      "conv2d_backward: tensors must be dense ", kOurDTypes, " and not empty, got grad_y ",
-      grad_y.scalar_type(), ", input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(are_for_products(grad_y, input, weight, y) &&
+                                  input.sym_numel() != 0 && weight.sym_numel() != 0,
+                              "conv2d_backward: tensors must be dense ", kProductDTypes,
+                              " and not empty, got grad_y ", grad_y.scalar_type(), ", input ",
+                              input.scalar_type(), ", weight ", weight.scalar_type());
   TORCH_CHECK(fits_cuda(input, weight, stride, padding, dilation),
               "conv2d_backward: tensors must be smaller, got input ", input.sym_sizes(),
               " and weight ", weight.sym_sizes());
@@ -262,7 +264,7 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tens
   (kRelu ? conv2d_relu_stats : conv2d_stats).kernel_ran();
   const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
   const Tensor x = batched(input).contiguous(g.format());
-  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const Tensor b = bias ? widened(*bias) : Tensor();
   cpu::Conv2d v = g.forward(x);
   g.set_output(v, y, g.images(y, g.K, g.OH, g.OW));
   v.bias = bias ? b.const_data_ptr<float>() : nullptr, v.relu = kRelu;
@@ -279,7 +281,7 @@ Grads conv2d_backward_cpu(const Tensor& grad_y, const Tensor& input, const Tenso
   const Geometry g = Geometry(input, weight, stride, padding, dilation, groups).in_a_row();
   const Tensor gy = batched(grad_y).contiguous(g.format());
   const Tensor yc = y ? batched(*y).contiguous(g.format()) : Tensor();
-  const float* relu_y = y ? yc.const_data_ptr<float>() : nullptr;
+  const void* const relu_y = y ? yc.const_data_ptr() : nullptr;
   const cpu::Images images = g.images(gy, g.K, g.OH, g.OW, relu_y);
   gradients(g, images, input, weight, grads);
   return grads;
@@ -368,8 +370,9 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const optional
   return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
 }
 
-const bool torch_paths = (register_torch_path("conv2d", conv2d_torch<false>),
-                          register_torch_path("conv2d_relu", conv2d_torch<true>), true);
+const bool torch_paths =
+    (register_torch_path("conv2d", conv2d_torch<false>, /*on_autocast_cpu=*/false),
+     register_torch_path("conv2d_relu", conv2d_torch<true>, /*on_autocast_cpu=*/false), true);
 
 }  // namespace
 
@@ -382,6 +385,10 @@ TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
   m.impl("conv2d", conv2d_cuda<false>);
   m.impl("conv2d_relu", conv2d_cuda<true>);
   m.impl("conv2d_backward", conv2d_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
+  register_autocast_cpu(m, "conv2d");
+  register_autocast_cpu(m, "conv2d_relu");
 }
 TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
   register_autocast_cuda<true>(m, "conv2d");

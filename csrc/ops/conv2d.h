@@ -134,10 +134,11 @@ struct Geometry {
 
   // A dense (N, channels, H, W) tensor in either layout.
   static cpu::Images images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
-                            const float* relu_y = nullptr) {
-    const float* const data = t.const_data_ptr<float>();
-    if (t.is_contiguous()) return {data, relu_y, channels, h, w, channels * h * w, h * w, w, 1};
-    return {data, relu_y, channels, h, w, channels * h * w, 1, w * channels, channels};
+                            const void* relu_y = nullptr) {
+    cpu::Images x = {t.const_data_ptr(), relu_y, channels, h, w, channels * h * w, h * w, w, 1};
+    if (!t.is_contiguous()) x.sc = 1, x.sh = w * channels, x.sw = channels;
+    x.dtype = dtype_of(t);
+    return x;
   }
 
   // y = conv2d(x)
@@ -159,16 +160,17 @@ struct Geometry {
   }
   // Where a pass writes: `as` says how that lies.
   static void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
-    v.y = y.mutable_data_ptr<float>(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
+    v.y = y.mutable_data_ptr(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
   }
   // The weights (K, c, KH, KW) as either reads them.
   cpu::Filter filter(const Tensor& w) const {
     const auto s = w.strides();
-    return {w.const_data_ptr<float>(), k * s[0], s[0], s[1], s[2], s[3]};
+    return {w.const_data_ptr(), k * s[0], s[0], s[1], s[2], s[3]};
   }
   cpu::Filter reversed(const Tensor& w) const {
     const auto s = w.strides();
-    const float* last = w.const_data_ptr<float>() + (KH - 1) * s[2] + (KW - 1) * s[3];
+    const int64_t from = ((KH - 1) * s[2] + (KW - 1) * s[3]) * w.element_size();
+    const void* const last = static_cast<const char*>(w.const_data_ptr()) + from;
     return {last, k * s[0], s[1], s[0], -s[2], -s[3]};
   }
 };

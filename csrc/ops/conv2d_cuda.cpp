@@ -12,7 +12,7 @@ namespace {
 cuda::Conv2d described(const Geometry& g, const Tensor& input, bool channels_last,
                        bool weight_channels_last) {
   return {
-      .dtype = cuda_dtype(input),
+      .dtype = dtype_of(input),
       .N = g.N,
       .C = g.C,
       .K = g.K,

@@ -107,10 +107,9 @@ bool ours(const Args& args, const Tensor& input, const Tensor& weight,
           const optional<Tensor>& bias) {
   check_device(pooling().op, input, weight);
   check_device(pooling().op, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
-         same_dtype(input, bias) && input.sym_numel() != 0 && weight.sym_numel() != 0 &&
-         conv::fits_cuda(input, weight, args.stride, args.padding, args.dilation) &&
-         has_products(input.device());
+  return are_for_products(input, weight, bias) && input.sym_numel() != 0 &&
+         weight.sym_numel() != 0 &&
+         conv::fits_cuda(input, weight, args.stride, args.padding, args.dilation);
 }
 
 // ---- shapes -------------------------------------------------------------------------------
@@ -149,8 +148,8 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
               op, ": grad_y and argmax must be of the output's size, got grad_y ",
               grad_y.sym_sizes(), " and argmax ", argmax.sym_sizes());
   for (const Tensor& t : {grad_y, input, weight})
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(t) && same_dtype(grad_y, t) && t.sym_numel() != 0, op,
-                                ": tensors must be dense ", kOurDTypes, " and not empty, got ",
+    TORCH_CHECK_NOT_IMPLEMENTED(are_for_products(grad_y, t) && t.sym_numel() != 0, op,
+                                ": tensors must be dense ", kProductDTypes, " and not empty, got ",
                                 t.scalar_type(), " of ", t.sym_sizes());
   TORCH_CHECK(conv::fits_cuda(input, weight, stride, padding, dilation), op,
               ": tensors must be smaller, got input ", input.sym_sizes(), " and weight ",
@@ -162,14 +161,15 @@ Grads conv2d_relu_max_pool2d_backward_meta(const Tensor& grad_y, const Tensor& a
 
 Two conv2d_relu_max_pool2d_forward_cpu(const Args& args, const Tensor& input, const Tensor& weight,
                                        const optional<Tensor>& bias) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      ours(args, input, weight, bias), pooling().op, "_forward: tensors must be dense ", kOurDTypes,
-      " and not empty, got input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(args, input, weight, bias), pooling().op,
+                              "_forward: tensors must be dense ", kProductDTypes,
+                              " and not empty, got input ", input.scalar_type(), ", weight ",
+                              weight.scalar_type());
   auto [y, argmax] = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
   stats.kernel_ran();
   const conv::Geometry g(input, weight, args.stride, args.padding, args.dilation, args.groups);
   const Tensor x = batched(input).contiguous(g.format());
-  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const Tensor b = bias ? widened(*bias) : Tensor();
   cpu::Conv2d v = g.forward(x);
   v.h.out = g.OH / 2 * 2, v.w.out = g.OW / 2 * 2;  // what lies in no window is not computed
   g.set_output(v, y, g.images(y, g.K, g.OH / 2, g.OW / 2));
@@ -207,9 +207,10 @@ Grads conv2d_relu_max_pool2d_backward_cpu(const Tensor& grad_y, const Tensor& ar
 
 Two conv2d_relu_max_pool2d_forward_cuda(const Args& args, const Tensor& input, const Tensor& weight,
                                         const optional<Tensor>& bias) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      ours(args, input, weight, bias), pooling().op, "_forward: tensors must be dense ", kOurDTypes,
-      " and not empty, got input ", input.scalar_type(), ", weight ", weight.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(ours(args, input, weight, bias), pooling().op,
+                              "_forward: tensors must be dense ", kProductDTypes,
+                              " and not empty, got input ", input.scalar_type(), ", weight ",
+                              weight.scalar_type());
   auto [y, argmax] = conv2d_relu_max_pool2d_forward_meta(args, input, weight, bias);
   stats.kernel_ran();
   const conv::Geometry g(input, weight, args.stride, args.padding, args.dilation, args.groups);
@@ -313,7 +314,8 @@ Tensor conv2d_relu_max_pool2d_autograd(const Args& args, const Tensor& input, co
 }
 
 const bool torch_paths =
-    (register_torch_path("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_torch>),
+    (register_torch_path("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_torch>,
+                         /*on_autocast_cpu=*/false),
      true);
 
 }  // namespace
@@ -327,6 +329,9 @@ TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
   m.impl("conv2d_relu_max_pool2d", called<Tensor, conv2d_relu_max_pool2d_cuda>);
   m.impl("conv2d_relu_max_pool2d_forward", called<Two, conv2d_relu_max_pool2d_forward_cuda>);
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
+  register_autocast_cpu(m, "conv2d_relu_max_pool2d");
 }
 TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
   register_autocast_cuda<true>(m, "conv2d_relu_max_pool2d");

@@ -293,7 +293,7 @@ void compute_cuda(const Args& a, const Tensor& loss, const Tensor& grad) {
   launch("cross_entropy", x, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
     const int64_t floats = kernels.cross_entropy_workspace(rows.rows, rows.C, rows.inner);
     const Tensor workspace = at::empty({floats}, x.options().dtype(at::kFloat));
-    return kernels.cross_entropy(cuda_dtype(x), rows, workspace.mutable_data_ptr<float>(), stream);
+    return kernels.cross_entropy(dtype_of(x), rows, workspace.mutable_data_ptr<float>(), stream);
   });
 }
 
@@ -322,7 +322,7 @@ void scale_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
   rows.ignore_index = ignore_index;
   rows.grad = grad_x.mutable_data_ptr();
   launch("cross_entropy_backward", from, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.cross_entropy_backward(cuda_dtype(from), rows, gy.const_data_ptr(),
+    return kernels.cross_entropy_backward(dtype_of(from), rows, gy.const_data_ptr(),
                                           grad_y.dim() == 0 ? 0 : 1, stream);
   });
 }

@@ -1,11 +1,8 @@
 // The CUDA kernels as the ops see them. They are a library of their own, _C_cuda, which knows no
 // torch and which this one loads where the running PyTorch is a CUDA build.
 #pragma once
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/stack.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include <array>
 #include <atomic>
@@ -31,12 +28,12 @@ inline bool has_cuda_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
 }
 
-inline cuda::DType cuda_dtype(at::ScalarType type) {
-  return type == at::kFloat      ? cuda::DType::kFloat32
-         : type == at::kBFloat16 ? cuda::DType::kBFloat16
-                                 : cuda::DType::kFloat16;
+inline DType dtype_of(at::ScalarType type) {
+  return type == at::kFloat      ? DType::kFloat32
+         : type == at::kBFloat16 ? DType::kBFloat16
+                                 : DType::kFloat16;
 }
-inline cuda::DType cuda_dtype(const Tensor& t) { return cuda_dtype(t.scalar_type()); }
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 // A device's compute capability, as 90; 0 where it cannot be told, as there is no GPU. It is kept,
 // because it costs a call of the driver.
@@ -70,34 +67,6 @@ void launch(const char* op, const Tensor& t, const F& f) {
   const c10::DeviceGuard guard(t.device());
   const cuda::Error error = f(kernels, current_stream(t.device().index()));
   TORCH_CHECK(error == 0, op, ": CUDA error ", error, ": ", kernels.error_string(error));
-}
-
-// ---- autocast ---------------------------------------------------------------------------------
-// Under torch.autocast("cuda") an op gets its tensors as PyTorch's own would: in the region's
-// dtype, or in float32. Ops with neither take them as they are.
-
-template <bool kLower>
-void autocast_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
-  const at::ScalarType type = kLower ? at::autocast::get_autocast_dtype(at::kCUDA) : at::kFloat;
-  const auto cast = [&](const Tensor& t) {
-    return at::autocast::cached_cast(type, t, c10::DeviceType::CUDA);
-  };
-  for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
-    at::IValue& value = (*stack)[i];
-    if (value.isTensor()) value = cast(value.toTensor());
-    if (value.isTensorList()) {
-      std::vector<Tensor> tensors = value.toTensorVector();
-      for (Tensor& t : tensors) t = cast(t);
-      value = std::move(tensors);
-    }
-  }
-  op.callBoxed(stack);
-}
-
-template <bool kLower>
-void register_autocast_cuda(torch::Library& library, const char* op) {
-  library.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast_cuda<kLower>>());
 }
 
 }  // namespace dlkernels

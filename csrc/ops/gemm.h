@@ -12,10 +12,12 @@ struct Product {
 
   // Packing an operand costs about 12 cycles a row of 16 numbers and is shared by the rows of the
   // other one; sums across lanes cost about 5 cycles an element of C. Fewer than 16 columns, which
-  // would leave lanes of a tile empty, tip the scales in the same way.
+  // would leave lanes of a tile empty, tip the scales in the same way. Narrow numbers are widened
+  // once to be packed, but here for every few rows.
   bool dots() const {
+    const int64_t least = a.dtype == DType::kFloat32 ? 24 : 32;
     return a.col == 1 && b.col == 1 && !a.relu_y && !out.row_sums && N > 0 &&
-           K >= 24 * (N < 16 ? std::min(M, N) : M);
+           K >= least * (N < 16 ? std::min(M, N) : M);
   }
   // In multiply-adds. Those that wait for memory count for more: 8 a number.
   double work() const {
@@ -56,7 +58,8 @@ inline void multiply(std::initializer_list<Product> products) {
       const int64_t cols = std::max<int64_t>(1, ceil_div(p.N, table.gemm_tile_cols));
       const double share = p.work() / work * threads;  // threads for this product
       const int64_t least = std::max<int64_t>(1, std::llround(share));
-      const bool by_rows = p.b.row == 1 || p.K <= kShort;
+      const bool b_lies = p.b.row == 1 && p.b.dtype == DType::kFloat32;
+      const bool by_rows = b_lies || p.K <= kShort;
       const int64_t most =
           std::min<int64_t>(kPartsPerThread * share, (by_rows ? rows : cols) / kPartTiles);
       const int64_t wanted = std::max(least, most);

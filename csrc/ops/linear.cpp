@@ -49,10 +49,8 @@ template <bool kRelu>
 bool ours(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   check_device(kName<kRelu>, input, weight);
   check_device(kName<kRelu>, input, bias);
-  return is_ours(input) && is_ours(weight) && is_ours(bias) && same_dtype(input, weight) &&
-         same_dtype(input, bias) && input.dim() >= 1 && weight.dim() == 2 &&
-         (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1))) &&
-         has_products(input.device());
+  return are_for_products(input, weight, bias) && input.dim() >= 1 && weight.dim() == 2 &&
+         (!bias || (bias->dim() == 1 && (bias->sym_size(0) != 1 || weight.sym_size(0) == 1)));
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
@@ -83,10 +81,9 @@ Grads linear_backward_meta(const Tensor& grad_y, const optional<Tensor>& input,
               "linear_backward: a gradient of input needs weight, one of weight needs input");
   for (const auto& x : {input, weight, y}) {
     check_device("linear_backward", grad_y, x);
-    TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(x) && same_dtype(grad_y, x),
-                                "linear_backward: tensors must be dense ", kOurDTypes,
-                                ", got grad_y ", grad_y.scalar_type(), " and ",
-                                x ? x->scalar_type() : at::kFloat);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        are_for_products(grad_y, x), "linear_backward: tensors must be dense ", kProductDTypes,
+        ", got grad_y ", grad_y.scalar_type(), " and ", x ? x->scalar_type() : at::kFloat);
   }
   c10::SymDimVector sizes(grad_y.sym_sizes().begin(), grad_y.sym_sizes().end());
   const c10::SymInt N = sizes.back();
@@ -208,8 +205,9 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional
   return LinearFunction<kRelu>::apply(input, weight, bias);
 }
 
-const bool torch_paths = (register_torch_path("linear", linear_torch<false>),
-                          register_torch_path("linear_relu", linear_torch<true>), true);
+const bool torch_paths =
+    (register_torch_path("linear", linear_torch<false>, /*on_autocast_cpu=*/false),
+     register_torch_path("linear_relu", linear_torch<true>, /*on_autocast_cpu=*/false), true);
 
 }  // namespace
 
@@ -222,6 +220,10 @@ TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
   m.impl("linear", linear_cuda<false>);
   m.impl("linear_relu", linear_cuda<true>);
   m.impl("linear_backward", linear_backward_cuda);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
+  register_autocast_cpu(m, "linear");
+  register_autocast_cpu(m, "linear_relu");
 }
 TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
   register_autocast_cuda<true>(m, "linear");

@@ -14,29 +14,33 @@ using Grads = std::tuple<Tensor, Tensor, Tensor>;  // of input, weight and bias
 // (..., K) as rows of K, by its strides where those allow; `copy` holds what had to be copied.
 inline cpu::Matrix as_rows(const Tensor& x, Tensor& copy) {
   const int64_t dim = x.dim();
-  if (dim == 1) return {x.const_data_ptr<float>(), 0, x.stride(0)};
-  if (dim == 2) return {x.const_data_ptr<float>(), x.stride(0), x.stride(1)};
+  const DType dtype = dtype_of(x);
+  if (dim == 1) return {x.const_data_ptr(), 0, x.stride(0), nullptr, dtype};
+  if (dim == 2) return {x.const_data_ptr(), x.stride(0), x.stride(1), nullptr, dtype};
   copy = x.flatten(0, -2);
-  return {copy.const_data_ptr<float>(), copy.stride(0), copy.stride(1)};
+  return {copy.const_data_ptr(), copy.stride(0), copy.stride(1), nullptr, dtype};
 }
-inline cpu::Matrix transposed(const cpu::Matrix& x) { return {x.data, x.col, x.row, x.relu_y}; }
+inline cpu::Matrix transposed(const cpu::Matrix& x) {
+  return {x.data, x.col, x.row, x.relu_y, x.dtype};
+}
 
 // y = act(input * weight^T + bias); y (..., N) contiguous, bias undefined if there is none.
 inline void linear_into(const Tensor& y, const Tensor& input, const Tensor& weight,
                         const Tensor& bias, bool relu) {
   if (y.numel() == 0) return;
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor b = bias.defined() ? bias.contiguous() : bias;
+  const Tensor b = bias.defined() ? widened(bias) : bias;
   Tensor copy;
   multiply({{.a = as_rows(input, copy),
              .b = as_rows(weight, copy),
              .M = y.numel() / N,
              .N = N,
              .K = K,
-             .out = {.c = y.mutable_data_ptr<float>(),
+             .out = {.c = y.mutable_data_ptr(),
                      .row = N,
                      .col_bias = b.defined() ? b.const_data_ptr<float>() : nullptr,
-                     .relu = relu}}});
+                     .relu = relu,
+                     .dtype = dtype_of(y)}}});
 }
 
 // Those gradients that are defined; y is the output of a ReLU, or undefined.
@@ -53,22 +57,24 @@ inline void linear_backward_into(const Grads& grads, const Tensor& grad_y, const
                gy = y.defined() ? grad_y.contiguous() : grad_y;
   Tensor g_copy, x_copy;
   cpu::Matrix g = as_rows(gy, g_copy);
-  if (y.defined()) g.relu_y = yc.const_data_ptr<float>();
+  if (y.defined()) g.relu_y = yc.const_data_ptr();
   const int64_t M = grad_y.numel() / N;
 
   Product for_x = {.a = g, .M = M, .K = N}, for_weight = {.a = transposed(g), .M = N, .K = M};
+  for_x.out.dtype = for_weight.out.dtype = dtype_of(gy);
   if (grad_x.defined()) {
     for_x.b = transposed(as_rows(weight, x_copy));
-    for_x.out.c = grad_x.mutable_data_ptr<float>();
+    for_x.out.c = grad_x.mutable_data_ptr();
     for_x.N = for_x.out.row = weight.size(1);
   }
   if (grad_weight.defined()) {
     for_weight.b = transposed(as_rows(input, x_copy));
-    for_weight.out.c = grad_weight.mutable_data_ptr<float>();
+    for_weight.out.c = grad_weight.mutable_data_ptr();
     for_weight.N = for_weight.out.row = input.size(-1);
   }
   // The bias gradient is the row sums of the same packed operand.
-  if (grad_bias.defined()) for_weight.out.row_sums = grad_bias.mutable_data_ptr<float>();
+  const Tensor sums = grad_bias.defined() ? widened_empty(grad_bias) : grad_bias;
+  if (sums.defined()) for_weight.out.row_sums = sums.mutable_data_ptr<float>();
   const bool weight_or_bias = grad_weight.defined() || grad_bias.defined();
   if (grad_x.defined() && weight_or_bias)
     multiply({for_x, for_weight});
@@ -76,6 +82,7 @@ inline void linear_backward_into(const Grads& grads, const Tensor& grad_y, const
     multiply({for_x});
   else if (weight_or_bias)
     multiply({for_weight});
+  if (!sums.is_same(grad_bias)) grad_bias.copy_(sums);
 }
 
 // ---- the same on CUDA ---------------------------------------------------------------------
@@ -93,7 +100,7 @@ inline cuda::Matrix transposed(const cuda::Matrix& x) { return {x.data, x.col, x
 
 // A product of tensors like `x`, whose settings of precision are PyTorch's.
 inline void multiply_cuda(const char* op, const Tensor& x, cuda::Product product) {
-  product.dtype = cuda_dtype(x);
+  product.dtype = dtype_of(x);
   product.allow_tf32 =
       !at::NoTF32Guard::should_disable_tf32() &&
       at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
@@ -165,7 +172,7 @@ inline void linear_backward_into_cuda(const char* op, const Grads& grads, const 
 inline Tensor through_relu_cuda(const char* op, const Tensor& grad_y, const Tensor& y) {
   const Tensor g = grad_y.contiguous(), mask = y.contiguous(), masked = at::empty_like(g);
   launch(op, g, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.relu_backward(cuda_dtype(g), g.const_data_ptr(), mask.const_data_ptr(),
+    return kernels.relu_backward(dtype_of(g), g.const_data_ptr(), mask.const_data_ptr(),
                                  masked.mutable_data_ptr(), g.numel(), stream);
   });
   return masked;

@@ -221,7 +221,7 @@ void max_pool2d_out_cuda(const Args& args, const Tensor& input, Tensor& y, Tenso
   const cuda::Pool p = cuda_view(args, plane(x), y);
   uint8_t* arg = argmax.defined() ? argmax.mutable_data_ptr<uint8_t>() : nullptr;
   launch(args.op, y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.max_pool2d(cuda_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), arg, p,
+    return kernels.max_pool2d(dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(), arg, p,
                               stream);
   });
 }
@@ -264,9 +264,8 @@ Tensor max_pool2d_backward_cuda(const Tensor& grad_y, const Tensor& argmax,
   const Tensor g = grad_y.contiguous(layout), a = argmax.contiguous(layout);
   const cuda::Pool p = cuda_view({"max_pool2d_backward", window, ceil_mode}, input_size, a);
   launch("max_pool2d_backward", g, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.max_pool2d_backward(cuda_dtype(g), g.const_data_ptr(),
-                                       a.const_data_ptr<uint8_t>(), grad_x.mutable_data_ptr(), p,
-                                       stream);
+    return kernels.max_pool2d_backward(dtype_of(g), g.const_data_ptr(), a.const_data_ptr<uint8_t>(),
+                                       grad_x.mutable_data_ptr(), p, stream);
   });
   return grad_x;
 }

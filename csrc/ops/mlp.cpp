@@ -51,16 +51,16 @@ Tensor mlp_torch(const Tensor& input, at::TensorList weights, at::TensorList bia
 
 bool ours(const Tensor& input, at::TensorList weights, at::TensorList biases) {
   check_count(weights, biases);
-  bool ok = is_ours(input) && input.dim() >= 1;
+  bool ok = are_for_products(input) && input.dim() >= 1;
   const auto one = [&](const Tensor& t, int64_t dim) {
     check_device("mlp", input, t);
-    ok &= is_ours(t) && same_dtype(input, t) && t.dim() == dim;
+    ok &= are_for_products(input, t) && t.dim() == dim;
   };
   for (const Tensor& w : weights) one(w, 2);
   for (const Tensor& b : biases) one(b, 1);
   for (size_t i = 0; ok && i < biases.size(); ++i)  // one that broadcasts is PyTorch's
     ok = biases[i].sym_size(0) != 1 || weights[i].sym_size(0) == 1;
-  return ok && has_products(input.device());
+  return ok;
 }
 
 // ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
@@ -105,9 +105,8 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_y, const Tensor& input,
   for (size_t i = 0; i < layers; ++i) {
     const Tensor& y = i < hidden.size() ? hidden[i] : grad_y;
     const optional<Tensor> w = i >= left_out ? optional(weights[i - left_out]) : std::nullopt;
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        is_ours(input) && is_ours(w) && is_ours(y) && same_dtype(input, w) && same_dtype(input, y),
-        "mlp_backward: tensors must be dense ", kOurDTypes);
+    TORCH_CHECK_NOT_IMPLEMENTED(are_for_products(input, w, y),
+                                "mlp_backward: tensors must be dense ", kProductDTypes);
     check_device("mlp_backward", input, w), check_device("mlp_backward", input, y);
     TORCH_CHECK(y.dim() >= 1, "mlp_backward: hidden tensors must be (..., N), got ()");
     const c10::SymInt K = sizes.back(), N = y.sym_size(-1);
@@ -131,7 +130,7 @@ std::vector<Tensor> forward_by(const Layer& layer, const Tensor& input, at::Tens
                                at::TensorList biases) {
   std::vector<Tensor> outputs = mlp_forward_meta(input, weights, biases);
   TORCH_CHECK_NOT_IMPLEMENTED(ours(input, weights, biases), "mlp_forward: tensors must be dense ",
-                              kOurDTypes);
+                              kProductDTypes);
   mlp_stats.kernel_ran();
   for (size_t i = 0; i < weights.size(); ++i)
     layer(outputs[i], i > 0 ? outputs[i - 1] : input, weights[i],
@@ -294,7 +293,7 @@ Tensor mlp_autograd(const Tensor& input, at::TensorList weights, at::TensorList 
   return y;
 }
 
-const bool torch_paths = (register_torch_path("mlp", mlp_torch), true);
+const bool torch_paths = (register_torch_path("mlp", mlp_torch, /*on_autocast_cpu=*/false), true);
 
 }  // namespace
 
@@ -308,6 +307,7 @@ TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
   m.impl("mlp_forward", mlp_forward_cuda);
   m.impl("mlp_backward", mlp_backward_cuda);
 }
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) { register_autocast_cpu(m, "mlp"); }
 TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) { register_autocast_cuda<true>(m, "mlp"); }
 TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
   m.impl("mlp", mlp_meta);

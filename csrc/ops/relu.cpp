@@ -85,7 +85,7 @@ Tensor relu_cuda(const Tensor& input) {
   relu_stats.kernel_ran();
   const Tensor y = relu_meta(input), x = laid_out_as(y, input);
   launch("relu", y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.relu(cuda_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), y.numel(), stream);
+    return kernels.relu(dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(), y.numel(), stream);
   });
   return y;
 }
@@ -95,7 +95,7 @@ Tensor relu_backward_cuda(const Tensor& grad_y, const Tensor& y) {
   relu_backward_stats.kernel_ran();
   const Tensor g = laid_out_as(grad_x, grad_y), mask = laid_out_as(grad_x, y);
   launch("relu_backward", y, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.relu_backward(cuda_dtype(g), g.const_data_ptr(), mask.const_data_ptr(),
+    return kernels.relu_backward(dtype_of(g), g.const_data_ptr(), mask.const_data_ptr(),
                                  grad_x.mutable_data_ptr(), g.numel(), stream);
   });
   return grad_x;

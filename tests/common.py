@@ -73,11 +73,14 @@ def run(f, args, kwargs, dtype=None, grad_ys=None):
     return ys, grads, grad_ys
 
 
-def spoils_memory(tensors, kwargs):
-    """Whether PyTorch's convolutions by oneDNN may write outside of their memory, as those of 2.13
-    do on AVX2: in 16 bits, and grad_weight of windows of 1x1 with a stride."""
+def safe_for_torch(args, kwargs):
+    """A context without oneDNN where its convolutions may write outside of their memory, as those
+    of PyTorch 2.13 do on AVX2: in 16 bits, and grad_weight of windows of 1x1 with a stride."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
     one = any(x.dim() == 4 and x.shape[2:] == (1, 1) for x in tensors)
-    return (one and "stride" in kwargs) or any(x.dtype in NARROW for x in tensors)
+    if (one and "stride" in kwargs) or any(x.dtype in NARROW for x in tensors):
+        return torch.backends.mkldnn.flags(enabled=False)
+    return nullcontext()
 
 
 def compare(ours, torchs, args, kwargs=None, grad_strides=True, close=assert_close):
@@ -87,8 +90,7 @@ def compare(ours, torchs, args, kwargs=None, grad_strides=True, close=assert_clo
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
     before = [(x.clone(), x._version) for x in tensors]
     ys, grads, grad_ys = run(ours, args, kwargs)
-    unsafe = spoils_memory(tensors, kwargs)
-    with torch.backends.mkldnn.flags(enabled=False) if unsafe else nullcontext():
+    with safe_for_torch(args, kwargs):
         ys_torch, grads_torch, _ = run(torchs, args, kwargs, grad_ys=grad_ys)
         ys_exact, grads_exact, _ = run(torchs, args, kwargs, torch.float64, grad_ys)
     for results in zip(

@@ -5,6 +5,11 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
+class _Mallinfo(ctypes.Structure):
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    _fields_ = [(name, ctypes.c_int) for name in (*_names, "fordblks", "keepcost")]
+
+
 def tune_allocator():
     """Makes this process keep memory that was freed, for good: call it before training.
 
@@ -26,11 +31,26 @@ def tune_allocator():
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library
         return False
-    everyones = ctypes.CDLL(None).malloc  # a preloaded allocator's, where there is one
-    if _address(everyones) != _address(libc.malloc):
+    if not _serves_malloc(libc):
         return False
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-def _address(function):
-    return ctypes.cast(function, ctypes.c_void_p).value
+def _serves_malloc(libc):
+    """Whether memory comes from glibc, and not from an allocator that was preloaded. The address of
+    malloc does not tell: where the interpreter is no PIE, it is one in the interpreter."""
+    size = 1 << 26
+    libc.mallinfo.restype = _Mallinfo
+    everyones = ctypes.CDLL(None)
+    everyones.malloc.argtypes, everyones.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    everyones.free.argtypes, everyones.free.restype = [ctypes.c_void_p], None
+
+    def used():  # modulo 2^32
+        info = libc.mallinfo()
+        return info.hblkhd + info.uordblks
+
+    before = used()
+    memory = everyones.malloc(size)
+    grown = (used() - before) % 2**32
+    everyones.free(memory)
+    return size // 2 < grown < 2 * size

@@ -48,7 +48,10 @@ def test_another_allocator(tmp_path):
     source, library = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text(
         "void *__libc_malloc(unsigned long);\n"
-        "void *malloc(unsigned long n) { return __libc_malloc(n); }\n"
+        "void __libc_free(void *);\n"
+        "static _Alignas(64) char large[1 << 26];\n"
+        "void *malloc(unsigned long n) { return n < sizeof large ? __libc_malloc(n) : large; }\n"
+        "void free(void *p) { if (p != large) __libc_free(p); }\n"
     )
     subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
     code = "import dlkernels; print(dlkernels.tune_allocator())"

@@ -35,7 +35,6 @@ def convert(values, f, only_floats=True):
     return tree_map_only(torch.Tensor, leaf, values)
 
 
-NARROW = (torch.bfloat16, torch.float16)
 # Our dtypes, and their rtol; atol is 1e-5: torch.testing.assert_close's.
 RTOL = {torch.float32: 1.3e-6, torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
 
@@ -78,7 +77,9 @@ def safe_for_torch(args, kwargs):
     of PyTorch 2.13 do on AVX2: in 16 bits, and grad_weight of windows of 1x1 with a stride."""
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     one = any(x.dim() == 4 and x.shape[2:] == (1, 1) for x in tensors)
-    if (one and "stride" in kwargs) or any(x.dtype in NARROW for x in tensors):
+    if (one and "stride" in kwargs) or any(
+        x.dtype in (torch.bfloat16, torch.float16) for x in tensors
+    ):
         return torch.backends.mkldnn.flags(enabled=False)
     return nullcontext()
 
@@ -124,6 +125,5 @@ def check(
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
     wanted = any(x.requires_grad for x in tensors)
     left = device == "cpu" and dtype is torch.bfloat16 and _C.multiplies_bfloat16()
-    ran = nullcontext() if left else calls({*forward, *(backward if wanted else ())})
-    with ran:
+    with nullcontext() if left else calls({*forward, *(backward if wanted else ())}):
         compare(ours, torchs, args, kwargs, grad_strides)

@@ -12,6 +12,8 @@ with_cuda = $(MAKE) VENV=$(VENV)-cuda TORCH=$(cuda_torch)
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 SANITIZED = $(MAKE) --no-print-directory --output-sync=target -C tests --jobs=$(shell nproc)
+# Two processes: where one is busy in Python, the other has the second core, for which no thread spins.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
@@ -39,7 +41,7 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 # From tests/, because Python started in the root would import the source tree.
 test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
-	cd tests && $(PY) -m pytest
+	cd tests && $(PYTEST)
 	$(MAKE) .cuda-link-if-possible
 
 test-full: export DLKERNELS_TEST_FULL = 1
@@ -103,7 +105,7 @@ format: $(VENV)/.lint  ## rewrite the sources in the house's style
 
 .cuda-link: export DLKERNELS_CUDA = 1
 .cuda-link: $(VENV)/.dlkernels $(VENV)/.test
-	cd tests && $(PY) -m pytest test_cuda.py test_package.py
+	cd tests && $(PYTEST) test_cuda.py test_package.py
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .benchmarks .ruff_cache .hypothesis

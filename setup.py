@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -69,12 +70,27 @@ def compiled() -> dict:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
+    include = [f"-isystem{path}" for path in include_paths()]
+
     class BuildExt(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
             # Object files are good for one torch, and ninja does not notice another torch installed
             # in the same place; a fixed directory also makes editable installs incremental.
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+
+        def build_extensions(self):
+            header = Path("csrc/ops/torch_headers.h")
+            # GCC finds it by its name, in the folder before that of the header.
+            precompiled = Path(self.build_temp, "ops", f"{header.name}.gch").resolve()
+            if not precompiled.exists() or precompiled.stat().st_mtime < header.stat().st_mtime:
+                precompiled.parent.mkdir(parents=True, exist_ok=True)
+                flags = [*self.compiler.compiler_so[1:], *FLAGS, *include, "-w"]
+                cxx = os.environ.get("CXX", "c++")  # as PyTorch chooses it
+                # Unchecked: without it, or with another compiler, the build takes longer, no more.
+                subprocess.run([*cxx.split(), *flags, "-xc++-header", header, "-o", precompiled])
+            self.extensions[0].include_dirs.insert(0, str(precompiled.parents[1]))
+            super().build_extensions()
 
         def run(self):
             super().run()
@@ -95,7 +111,7 @@ def compiled() -> dict:
         sorted(glob("csrc/**/*.cpp", recursive=True)),
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         # -isystem, so that the warnings shown are ours and not those of torch's headers.
-        extra_compile_args=[*FLAGS, *(f"-isystem{path}" for path in include_paths())],
+        extra_compile_args=[*FLAGS, *include],
     )
     extension.include_dirs = [os.path.abspath("csrc")]
     build_ext = BuildExt.with_options(use_ninja=ninja_on_path())

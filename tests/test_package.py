@@ -205,13 +205,12 @@ def test_info_warns_where_the_wish_is_not_met(python):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_isa_files_define_their_table_alone(isa, tmp_path):
+def test_isa_files_define_their_table_alone(isa):
     # A weak symbol is one that the linker may keep for every machine: SIGILL on the older ones.
-    compiler = os.environ.get("CXX", "g++")
-    source, built = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", tmp_path / "isa.o"
-    subprocess.run(
-        [compiler, "-std=c++20", "-O3", "-fPIC", "-c", str(source), "-o", str(built)], check=True
-    )
+    objects = ROOT.glob(f"build/*/csrc/cpu/isa_{isa}.o")
+    built = max(objects, key=lambda path: path.stat().st_mtime, default=None)
+    if built is None:
+        pytest.skip("dlkernels was not built in this folder: there are no objects")
     listed = subprocess.run(["nm", "-C", str(built)], check=True, capture_output=True, text=True)
     symbols = [line[17:].split(" ", 1) for line in listed.stdout.splitlines()]
     shared = [(kind, name) for kind, name in symbols if kind.isupper() or kind in "uvw"]

@@ -1,6 +1,6 @@
 // adam_: schema, scalars, CUDA and PyTorch's path; the rest is optim.h's. The arithmetic is in
 // cpu/adam.inl.h and cuda/adam.cu.
-#include <ATen/ops/empty.h>
+#include "ops/torch_headers.h"
 
 #include <cmath>
 

@@ -1,17 +1,11 @@
 // What every op file shares: which tensors are ours, what is counted, how work is split among
 // torch's threads, scratch memory, and gradients of gradients.
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/stack.h>
-#include <ATen/ops/empty_like.h>
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/fill.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/view_as.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <pthread.h>
 #include <sys/mman.h>

@@ -1,8 +1,9 @@
 // conv2d and conv2d_relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
 // cpu/conv2d.inl.h and cuda/conv2d.cu.
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>

@@ -1,7 +1,8 @@
 // The convolutions' passes on CUDA, for conv2d.cpp and conv2d_relu_max_pool2d.cpp. The kernels are
 // in cuda/conv2d.cu.
+#include "ops/torch_headers.h"
+
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 
 #include "conv2d.h"
 

@@ -1,6 +1,6 @@
 // conv2d_relu_max_pool2d: schema, shapes, CPU, CUDA and gradient. max_pool2d(relu(conv2d(..)), 2):
 // what is pooled exists in cache alone.
-#include <ATen/core/Tensor.h>
+#include "ops/torch_headers.h"
 
 #include "common.h"
 #include "conv2d.h"

@@ -1,8 +1,9 @@
 // cross_entropy: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
 // cpu/cross_entropy.inl.h and cuda/cross_entropy.cu.
+#include "ops/torch_headers.h"
+
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cross_entropy_loss.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>

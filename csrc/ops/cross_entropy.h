@@ -2,7 +2,6 @@
 // cross_entropy.cpp.
 #pragma once
 #include <ATen/core/Reduction.h>
-#include <ATen/ops/empty.h>
 
 #include "common.h"
 

@@ -1,4 +1,6 @@
 // Loads _C_cuda, and asks PyTorch for its streams: neither needs a CUDA header.
+#include "ops/torch_headers.h"
+
 #include "cuda.h"
 
 #include <dlfcn.h>

@@ -1,8 +1,7 @@
 // The CUDA kernels as the ops see them. They are a library of their own, _C_cuda, which knows no
 // torch and which this one loads where the running PyTorch is a CUDA build.
 #pragma once
-#include <ATen/core/Tensor.h>
-#include <c10/core/DeviceGuard.h>
+#include "ops/torch_headers.h"
 
 #include <array>
 #include <atomic>

@@ -1,6 +1,7 @@
 // linear and linear_relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
 // cpu/gemm.inl.h, cpu/dot.inl.h and cuda/gemm.cuh.
-#include <ATen/ops/empty.h>
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>

@@ -2,8 +2,6 @@
 // the CPU and on CUDA.
 #pragma once
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include "gemm.h"
 

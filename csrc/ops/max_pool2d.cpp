@@ -1,6 +1,7 @@
 // max_pool2d: schema, shapes, CPU, CUDA and gradient. The arithmetic is in cpu/max_pool2d.inl.h
 // and cuda/max_pool2d.cu.
-#include <ATen/ops/empty.h>
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 

@@ -1,8 +1,6 @@
 // The arguments of max_pool2d and the shapes that follow from them, for max_pool2d.cpp
 // and conv2d_relu_max_pool2d.cpp.
 #pragma once
-#include <ATen/ops/empty.h>
-
 #include "common.h"
 
 namespace dlkernels::pool {

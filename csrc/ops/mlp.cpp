@@ -1,5 +1,6 @@
 // mlp: linear layers with a ReLU between every two, as one op and one node of the graph.
-#include <ATen/ops/empty.h>
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>

@@ -1,8 +1,9 @@
 // What the frame of the optimizers' ops does with lists of tensors, whatever the optimizer.
+#include "ops/torch_headers.h"
+
 #include "optim.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/InferenceMode.h>
 
 namespace dlkernels {

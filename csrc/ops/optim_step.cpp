@@ -1,6 +1,8 @@
 // A step of an optimizer: collects the tensors of every parameter group and calls the op for each.
 // In C++, because for hundreds of small parameters Python's part takes longer than the arithmetic:
 // the hash of a tensor alone is a call of a Python function.
+#include "ops/torch_headers.h"
+
 #include "optim_step.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>

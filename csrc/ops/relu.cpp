@@ -1,6 +1,7 @@
 // relu: schema, shapes, CPU, CUDA and gradient. The arithmetic is in cpu/relu.inl.h and
 // cuda/relu.cu.
-#include <ATen/ops/empty_like.h>
+#include "ops/torch_headers.h"
+
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
 

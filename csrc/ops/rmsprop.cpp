@@ -1,5 +1,7 @@
 // rmsprop_: schema, scalars and PyTorch's path; the rest is optim.h's. The arithmetic is in
 // cpu/rmsprop.inl.h.
+#include "ops/torch_headers.h"
+
 #include "optim.h"
 
 namespace dlkernels {

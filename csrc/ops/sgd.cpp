@@ -1,5 +1,7 @@
 // sgd_: schema, scalars and PyTorch's path; the rest is optim.h's. The arithmetic is in
 // cpu/sgd.inl.h.
+#include "ops/torch_headers.h"
+
 #include "optim.h"
 
 namespace dlkernels {

@@ -80,16 +80,17 @@ def compiled() -> dict:
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
 
         def build_extensions(self):
-            header = Path("csrc/ops/torch_headers.h")
-            # GCC finds it by its name, in the folder before that of the header.
-            precompiled = Path(self.build_temp, "ops", f"{header.name}.gch").resolve()
+            # Beside a copy of it: GCC looks for both in a folder, and for the precompiled one first.
+            header = Path(self.build_temp, "ops", "torch_headers.h").resolve()
+            precompiled = header.with_suffix(".h.gch")
+            header.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2("csrc/ops/torch_headers.h", header)
             if not precompiled.exists() or precompiled.stat().st_mtime < header.stat().st_mtime:
-                precompiled.parent.mkdir(parents=True, exist_ok=True)
                 flags = [*self.compiler.compiler_so[1:], *FLAGS, *include, "-w"]
                 cxx = os.environ.get("CXX", "c++")  # as PyTorch chooses it
                 # Unchecked: without it, or with another compiler, the build takes longer, no more.
                 subprocess.run([*cxx.split(), *flags, "-xc++-header", header, "-o", precompiled])
-            self.extensions[0].include_dirs.insert(0, str(precompiled.parents[1]))
+            self.extensions[0].include_dirs.insert(0, str(header.parents[1]))
             super().build_extensions()
 
         def run(self):

@@ -1,7 +1,6 @@
 """The package: import, info, and what the compiled files look like."""
 
 import json
-import os
 import re
 import shutil
 import subprocess

@@ -80,7 +80,7 @@ def compiled() -> dict:
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
 
         def build_extensions(self):
-            # Beside a copy of it: GCC looks for both in a folder, and for the precompiled one first.
+            # Beside a copy: GCC looks for both in a folder, and for the precompiled one first.
             header = Path(self.build_temp, "ops", "torch_headers.h").resolve()
             precompiled = header.with_suffix(".h.gch")
             header.parent.mkdir(parents=True, exist_ok=True)

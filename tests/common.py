@@ -1,11 +1,19 @@
 """What every op's tests share: an op of ours against PyTorch's, both against float64."""
 
+import os
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from dlkernels import _C
+
+FULL = "DLKERNELS_TEST_FULL" in os.environ  # make test-full: every sample in every way
+
+
+def thinned(samples):
+    """Every third of them, for tests that take long with each; all in make test-full."""
+    return [*samples][:: 1 if FULL else 3]
 
 
 @contextmanager

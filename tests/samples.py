@@ -1,11 +1,7 @@
 """PyTorch's own samples (OpInfo, ModuleInfo, OptimizerInfo) and how a result is compared."""
 
-import os
-
 import pytest
 import torch
-
-FULL = "DLKERNELS_TEST_FULL" in os.environ  # make test-full: every sample in every way
 
 if not torch.__version__.startswith("2.13."):
     pytest.skip(

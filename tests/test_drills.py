@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import dlkernels.functional as ours
+from common import FULL
 
-KILLS = 200 if os.environ.get("DLKERNELS_TEST_FULL") else 5
+KILLS = 200 if FULL else 5
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 # Every kernel on two threads; call it step() as often as you like, it gives the same bits.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import dlkernels.functional as ours
 import dlkernels.nn
-from common import calls, check, steps
+from common import calls, check, steps, thinned
 
 KERNELS = {"forward": ["max_pool2d"], "backward": ["max_pool2d_backward"]}
 NAN, INF = float("nan"), float("inf")
@@ -93,7 +93,7 @@ def test_same_bits_on_any_number_of_threads():
 
 
 def test_opcheck():
-    for input, *window in samples():
+    for input, *window in thinned(samples()):
         if input.isnan().any() or input.stride(0) == 0:
             continue  # opcheck takes a NaN for a difference, and cannot write to expanded inputs
         window[1] = window[1] or []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing._internal import common_optimizers
 
+from common import FULL
 from dlkernels import optim as ours
 from optim_samples import (
     GRADIENTS,
@@ -21,7 +22,7 @@ from optim_samples import (
     seen,
     steps,
 )
-from samples import FULL, assert_same, outcome
+from samples import assert_same, outcome
 
 LIBRARIES = ours, torch.optim
 

@@ -122,7 +122,7 @@ def assert_exact(ours, torchs, args, kwargs=None):
 
 
 def assert_refused_alike(ours, torchs, args, kwargs=None):
-    """One class of exception; the text is PyTorch's first line or `op: what must hold, got what`."""
+    """One class of exception; in words PyTorch's first line or `op: what must hold, got what`."""
     with pytest.raises(Exception) as expected:
         torchs(*args, **kwargs or {})
     with pytest.raises(Exception) as got:

@@ -142,5 +142,5 @@ def test_backward_checks_its_arguments():
         (g, x.to("meta"), w, None),
         (g, x.double(), w, None),
     ]:
-        with pytest.raises(RuntimeError, match="linear_backward: .*(must be|on the same device)"):
+        with pytest.raises(RuntimeError, match=r"linear_backward: .*(must be|on the same device)"):
             backward(*args, mask)

@@ -52,5 +52,5 @@ def test_backward_checks_its_arguments():
     backward, x = torch.ops.dlkernels.relu_backward, torch.randn(4, 5)
     assert torch.equal(backward(x, torch.ones(4, 5)), x)
     for args in [(x[:3], x), (x, x[:, :4]), (x[0], x), (x.to("meta"), x), (x.double(), x)]:
-        with pytest.raises(RuntimeError, match="relu_backward: .*(must be|on the same device)"):
+        with pytest.raises(RuntimeError, match=r"relu_backward: .*(must be|on the same device)"):
             backward(*args)

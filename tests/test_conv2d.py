@@ -154,7 +154,8 @@ def test_compile(op):
 def test_left_to_torch(op):
     f, g = PAIRS[op]
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
-    for args in [(x.double(), w.double()), (x[:0], w)]:
+    bias = torch.randn(4).double()  # PyTorch takes it where padding is text and few are convolved
+    for args in [(x.double(), w.double()), (x[:0], w), (x[:1], w, bias)]:
         with calls(torchs=[op]):
             torch.testing.assert_close(f(*args, padding="same"), g(*args, padding="same"))
     with calls(torchs=[op]):

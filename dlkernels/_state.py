@@ -112,8 +112,9 @@ class set_precision:
     Args:
         to: "fast", the default: 3x3 convolutions may use Winograd's algorithm (Lavin and Gray,
             2016), F(4x4,3x3) or F(2x2,3x3): its error is up to four times that of direct summation
-            (with 64 channels 1.1e-6 of the result's RMS instead of 3e-7), and an infinity or a NaN
-            makes all outputs of the tiles that see it NaN; or "ieee": direct summation, always
+            (with 64 channels 1.1e-6 of the result's RMS instead of 3e-7), in a weight's gradient
+            up to ten times, and an infinity or a NaN makes all outputs of the tiles that see it
+            NaN; or "ieee": direct summation, always
 
     As a context manager it puts back what was before: ``with set_precision("ieee"):``. What holds
     when a backward pass runs holds for its convolutions.

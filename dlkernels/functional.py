@@ -158,7 +158,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         RuntimeError: for shapes, values, dtypes or devices that do not go together.
         TypeError: where an argument is of no fitting Python type.
     """
-    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
         return _ops.conv2d.default(input, weight, bias, *sizes)
     return _torch("conv2d", F.conv2d, input, weight, bias, stride, padding, dilation, groups)
@@ -167,14 +167,21 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """``relu(conv2d(...))`` in one pass, both ways: see :func:`conv2d`."""
     args = (input, weight, bias, stride, padding, dilation, groups)
-    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
         return _ops.conv2d_relu.default(input, weight, bias, *sizes)
     return _torch("conv2d_relu", lambda *a: F.relu(F.conv2d(*a)), *args)
 
 
-def _conv2d_sizes(weight, stride, padding, dilation, groups):
+def _differ(weight, bias):
+    """Whether bias has another dtype: PyTorch takes some of them, but only with text as padding."""
+    return bias is not None and getattr(bias, "dtype", None) != getattr(weight, "dtype", None)
+
+
+def _conv2d_sizes(weight, stride, padding, dilation, groups, bias=None):
     """(stride, (top, bottom, left, right), dilation, groups), or None: PyTorch is to judge them."""
+    if isinstance(padding, str) and _differ(weight, bias):
+        return None
     if not (_are_ints(stride) and _are_ints(dilation) and _is_int(groups)):
         return None
     stride, dilation = _pair(stride), _pair(dilation)
@@ -264,7 +271,7 @@ def conv2d_relu_max_pool2d(
     pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
     if not _are_2x2(*pool):
         return max_pool2d(conv2d_relu(*conv), *pool)
-    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups)
+    sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
         return _ops.conv2d_relu_max_pool2d.default(input, weight, bias, *sizes)
     return _torch("conv2d_relu_max_pool2d", lambda: F.max_pool2d(F.relu(F.conv2d(*conv)), *pool))

@@ -1,8 +1,10 @@
 """What every op's tests share: an op of ours against PyTorch's, both against float64."""
 
 import os
+import re
 from contextlib import contextmanager, nullcontext
 
+import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -112,6 +114,31 @@ def compare(ours, torchs, args, kwargs=None, grad_strides=True, close=assert_clo
     for x, (value, version) in zip(tensors, before, strict=True):
         assert x._version == version
         torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_exact(ours, torchs, args, kwargs=None):
+    """Of integers, whose sums are exact: values and gradients bit for bit, on kernels of ours."""
+    args = [None if x is None else x.detach().mul(3).round().requires_grad_() for x in args]
+    results = []
+    for f in (ours, torchs):
+        with safe_for_torch(args, kwargs or {}):
+            y = f(*args, **kwargs or {})
+            grad_y = (torch.arange(y.numel()) % 7 - 3.0).view(y.shape)
+            inputs = [x for x in args if x is not None]
+            results.append([y, *torch.autograd.grad(y, inputs, grad_y)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def assert_refused_alike(ours, torchs, args, kwargs=None):
+    """One class of exception; in words PyTorch's first line or `op: what must hold, got what`."""
+    with pytest.raises(Exception) as expected:
+        torchs(*args, **kwargs or {})
+    with pytest.raises(Exception) as got:
+        ours(*args, **kwargs or {})
+    assert got.type is expected.type
+    first, text = str(expected.value).partition("\n")[0].rstrip("."), str(got.value)
+    # The function that a TypeError names is PyTorch's: it was called with all arguments.
+    assert first in text or re.match(r"\w+(: .*\bgot\b|\(\) received an invalid)", text), text
 
 
 def check(

@@ -40,16 +40,17 @@ def convs(draw):
     x, w, b = draw(kinds), draw(kinds), draw(kinds)
     if draw(maybe(st.just(True), False)):
         w, b = with_dtype(w, x), with_dtype(b, x)
+    padding = draw(twice(st.integers(0, 3)) | st.sampled_from(["same", "valid"]))
     options = {
-        "stride": draw(twice(small)),
-        "padding": draw(twice(st.integers(0, 3)) | st.sampled_from(["same", "valid"])),
+        "stride": draw(maybe(st.just(1), 2) if padding == "same" else twice(small)),
+        "padding": padding,
         "dilation": draw(twice(st.sampled_from([1, 1, 1, 2, 3]))),
         "groups": groups,
     }
     name = draw(maybe(st.none(), *options))
     if name:
         options[name] = draw(st.sampled_from(MISTAKES))
-    N = draw(st.integers(0, 3))
+    N = draw(maybe(st.integers(1, 3), 0))
     shape = [groups * c, *plane]
     return {
         "op": draw(st.sampled_from(list(COMBINED))),

@@ -41,6 +41,18 @@ REGRESSIONS = [
         for name in ("stride", "padding", "dilation")
         for value in (2**31, 2**62)
     ),
+    # A bias of another dtype, which PyTorch takes where padding is text.
+    (
+        "conv2d",
+        {
+            "op": "conv2d",
+            "x": ([1, 1, 1, 1], DENSE),
+            "w": ([1, 1, 1, 1], DENSE),
+            "b": ([1], {**DENSE, "dtype": "float64"}),
+            "options": {"stride": 1, "padding": "same", "dilation": 1, "groups": 1},
+            "precision": "ieee",
+        },
+    ),
     # Two mistakes: PyTorch's is the first.
     (
         "cross_entropy",

@@ -10,7 +10,7 @@ import dlkernels
 import dlkernels.functional as ours
 from dlkernels import _C
 
-# By set_precision's documentation: of a result's RMS, against float64, and times direct's own.
+# Of a result's RMS, against float64, and times direct's own: at most 4 and 10 where measured.
 NORM_ERROR = 1e-5
 RMS_FACTOR = {"y": 6, "grad_x": 6, "grad_weight": 10, "grad_bias": 10}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -88,19 +88,20 @@ def test_error_of_winograd(C, mean):
         got = results(ours.conv2d, *args)
         _C.set_conv_algorithm(before)
         errors[algorithm] = {name: error(got[name], expected[name]) for name in got}
-    for name, factor in RMS_FACTOR.items():
-        assert errors["winograd4"][name] < NORM_ERROR, errors
-        assert errors["winograd4"][name] < factor * errors["direct"][name] + 1e-7, errors
+    assert len({each["y"] for each in errors.values()}) == 3, "each of them ran"
+    for algorithm in ("winograd2", "winograd4"):
+        for name, factor in RMS_FACTOR.items():
+            assert errors[algorithm][name] < NORM_ERROR, errors
+            assert errors[algorithm][name] < factor * errors["direct"][name] + 1e-7, errors
 
 
 def test_ieee_is_as_exact_as_direct():
     args = case(16, 64, 14, 14, 64)  # enough tiles for 4x4
     expected = exact(F.conv2d, *args)
-    errors = []
-    for precision in ("ieee", "fast"):
-        with dlkernels.set_precision(precision):
-            errors.append(error(ours.conv2d(*args[:3], padding=1), expected["y"]))
-    assert errors[0] < 4e-7 < errors[1]
+    fast = ours.conv2d(*args[:3], padding=1)  # by default
+    with dlkernels.set_precision("ieee"):
+        ieee = ours.conv2d(*args[:3], padding=1)
+    assert error(ieee, expected["y"]) < 4e-7 < error(fast, expected["y"])
 
 
 def test_threads_give_the_same_bits():

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the example's, and our modules and optimizers under FSDP2."""
+"""Several processes under torchrun: the example's, and modules and optimizers by FSDP2 and DDP."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_a_killed_process_ends_the_run_and_a_restart_resumes(start, tmp_path):
     assert f"resumed after epoch {epochs}" in out and f"epoch {epochs + 1}/{epochs + 1}" in out
 
 
-FSDP = """
+WRAPPED = """
 import os
 import sys
 import torch
@@ -95,21 +95,26 @@ from torch.distributed import destroy_process_group, get_rank, init_process_grou
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 init_process_group("gloo")
 
 
-def train(sharded, make, options):
+def sharded(model):
+    fully_shard(model[2])
+    return fully_shard(model)
+
+
+def train(wrap, make, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
     x, y = torch.randn(4, 4, 6), torch.randint(3, (4, 4))
-    if sharded:
+    if wrap:
         dlkernels.convert(model)
-        fully_shard(model[2])
-        fully_shard(model)
+        model = wrap(model)
     opt = make(model.parameters(), lr=0.05, **options)
     for step in range(4):
-        rows = slice(get_rank() * 2, get_rank() * 2 + 2) if sharded else slice(None)
+        rows = slice(get_rank() * 2, get_rank() * 2 + 2) if wrap else slice(None)
         opt.zero_grad()
         nn.functional.cross_entropy(model(x[step, rows]), y[step, rows]).backward()
         before = [p._version for p in model.parameters()]
@@ -126,12 +131,12 @@ OPTIONS = {"SGD": {"momentum": 0.9, "dampening": 0.5}, "RMSprop": {"momentum": 0
 for name in dlkernels.optim.__all__:
     dlkernels.reset_stats()
     options = OPTIONS.get(name, {})
-    opt, got = train(True, getattr(dlkernels.optim, name), options)
+    opt, got = train(sharded, getattr(dlkernels.optim, name), options)
     stats = dlkernels.stats()
     assert all(isinstance(p, DTensor) for p in got)
     assert stats["linear"]["kernel"] + stats["linear_relu"]["kernel"] + stats["mlp"]["kernel"] >= 4
     assert stats[opt._op] == {"kernel": 4, "torch": 0}, stats
-    torchs, expected = train(False, getattr(torch.optim, name), options)
+    torchs, expected = train(None, getattr(torch.optim, name), options)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.full_tensor(), b)
         states, theirs = opt.state[a], torchs.state[b]
@@ -139,6 +144,14 @@ for name in dlkernels.optim.__all__:
         for key in theirs:
             assert isinstance(states[key], DTensor) == (theirs[key].dim() > 0)
             torch.testing.assert_close(whole(states[key]), theirs[key])
+
+# The same with whole parameters.
+dlkernels.reset_stats()
+_, got = train(DistributedDataParallel, dlkernels.optim.Adam, {})
+for op in ("mlp", "mlp_backward", "adam_"):
+    assert dlkernels.stats()[op] == {"kernel": 4, "torch": 0}
+for a, b in zip(got, train(None, torch.optim.Adam, {})[1], strict=True):
+    torch.testing.assert_close(a, b)
 
 # A gradient that is not split as its parameter is, and one that is terms of a sum: PyTorch's.
 mesh = init_device_mesh("cpu", (2,))
@@ -156,6 +169,6 @@ os._exit(0)  # PyTorch's own threads may abort the interpreter's end
 """
 
 
-def test_fully_shard(start, tmp_path):
-    (tmp_path / "fsdp.py").write_text(FSDP)
-    assert finish(start(tmp_path / "fsdp.py")).count("trained") == 2
+def test_fsdp_and_ddp(start, tmp_path):
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    assert finish(start(tmp_path / "wrapped.py")).count("trained") == 2

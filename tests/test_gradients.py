@@ -17,9 +17,20 @@ def pooled(f, *args):
     return f.conv2d_relu_max_pool2d(*args) if f is ours else F.max_pool2d(F.conv2d(*args).relu(), 2)
 
 
+def with_relu(op):
+    """So are these."""
+
+    def relued(f, *args):
+        return getattr(f, f"{op}_relu")(*args) if f is ours else getattr(F, op)(*args).relu()
+
+    return relued
+
+
 OPS = {
     "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 5), (3, 5)),
+    "linear_relu": (with_relu("linear"), (4, 5), (3, 5)),
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, padding=1), (2, 2, 5, 5), (3, 2, 3, 3)),
+    "conv2d_relu": (with_relu("conv2d"), (2, 2, 5, 5), (3, 2, 3, 3)),
     "conv2d_relu_max_pool2d": (pooled, (2, 2, 6, 7), (3, 2, 3, 3)),
     "relu": (lambda f, x, w, b: f.relu(x), (4, 5), (1,)),
     "max_pool2d": (lambda f, x, w, b: f.max_pool2d(x, 2), (2, 2, 6, 6), (1,)),
@@ -102,6 +113,33 @@ def test_only_what_is_needed_is_kept(op, wanted):
     torch.testing.assert_close(*results)
 
 
+@every
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("changed", "xwby")
+def test_changes_before_backward(op, changed, create_graph):
+    """Are noticed or make no difference; what PyTorch puts up with, we do."""
+    f, *shapes = OPS[op]
+    tensors = [torch.randn(shape) for shape in (*shapes, (3,))]
+
+    def gradients(module, change):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = f(module, *leaves)
+        if change:
+            with torch.no_grad():
+                dict(zip("xwby", [*leaves, y]))[changed].mul_(3)
+        grad_y = torch.linspace(1, 2, y.numel()).view_as(y).requires_grad_()
+        try:
+            (first,) = torch.autograd.grad(y, leaves[0], grad_y, create_graph=create_graph)
+            return first, *(torch.autograd.grad(first.sum(), grad_y) if create_graph else ())
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            return None
+
+    got, torchs = gradients(ours, True), gradients(F, True)
+    assert got or not torchs
+    torch.testing.assert_close(got or (), gradients(F, False) if got else (), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("op", FUSED)
 @pytest.mark.parametrize("wanted", ["x", "w", "b", "xwb"])
 def test_second_gradients(op, wanted):
@@ -157,7 +195,8 @@ def test_second_gradients_are_counted(op):
     x, w, b = (torch.randn(shape, requires_grad=True) for shape in (*shapes, (3,)))
     y = f(ours, x, w, b)
     fused = op == "conv2d_relu_max_pool2d"  # runs the convolution again
-    torchs = [f"{op}_backward", *(["conv2d_backward"] if fused else [])]
+    backward = op.removesuffix("_relu") + "_backward"
+    torchs = [backward, *(["conv2d_backward"] if fused else [])]
     with calls(["conv2d"] if fused else [], torchs):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     with dlkernels.set_fallback("error"), pytest.raises(NotImplementedError, match="no kernel"):

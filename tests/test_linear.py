@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import RTOL, calls, check
+from common import RTOL, assert_exact, assert_refused_alike, calls, check
 
 PAIRS = {
     "linear": (ours.linear, F.linear),
@@ -58,6 +58,27 @@ def test_values_and_gradients(machine, op, dtype):
 
 
 @op
+def test_integers_are_exact(machine, op):
+    for args in samples():
+        with calls([op, "linear_backward"]):
+            assert_exact(*PAIRS[op], args)
+
+
+@op
+@pytest.mark.parametrize("M, K, N", [(5000, 70, 40), (300, 900, 257), (3, 5000, 5)])
+def test_threads_give_the_same_bits(op, M, K, N):
+    before, results = torch.get_num_threads(), []
+    args = [torch.randn(shape, requires_grad=True) for shape in ((M, K), (N, K), (N,))]
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        y = PAIRS[op][0](*args)
+        results.append((y, *torch.autograd.grad(y.square().sum(), args)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@op
 def test_opcheck(op):
     for args in samples():
         torch.library.opcheck(getattr(torch.ops.dlkernels, op), args)
@@ -86,3 +107,40 @@ def test_bias_that_broadcasts_is_pytorchs(op):
         torch.testing.assert_close(f(*args), g(*args))
     with pytest.raises(RuntimeError):
         f(args[0], args[1], torch.randn(2))
+
+
+BAD = {
+    "features": lambda x, w, b: (x[:, :4], w),
+    "bias size": lambda x, w, b: (x, w, b[:2]),
+    "rank of weight": lambda x, w, b: (x, w[None]),
+    "no rank": lambda x, w, b: (x[0, 0], w),
+    "dtypes": lambda x, w, b: (x, w.double()),
+    "dtype of bias": lambda x, w, b: (x, w, b.double()),
+    "list as input": lambda x, w, b: ([1.0], w),
+    "no weight": lambda x, w, b: (x, None),
+    "number as bias": lambda x, w, b: (x, w, 1.0),
+}
+
+
+@op
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_as_torch_does(op, case):
+    args = BAD[case](torch.randn(4, 5), torch.randn(3, 5), torch.randn(3))
+    assert_refused_alike(*PAIRS[op], args)
+
+
+def test_backward_checks_its_arguments():
+    backward = torch.ops.dlkernels.linear_backward
+    g, x, w, mask = torch.randn(4, 3), torch.randn(4, 5), torch.randn(3, 5), [True] * 3
+    assert torch.equal(backward(g, x, w, torch.zeros(4, 3), mask)[2], torch.zeros(3))
+    for args in [
+        (g[:3], x, w, None),
+        (g[:, :2], x, w, None),
+        (g, x[:, :4], w, None),
+        (g, x, w[0], None),
+        (g, x, w, g[:3]),
+        (g, x.to("meta"), w, None),
+        (g, x.double(), w, None),
+    ]:
+        with pytest.raises(RuntimeError, match=r"linear_backward: .*(must be|on the same device)"):
+            backward(*args, mask)

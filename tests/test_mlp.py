@@ -58,6 +58,18 @@ def test_values_and_gradients(machine, dtype):
         check(mlp, stack, args, **passes, grad_strides=False, dtype=dtype)
 
 
+def test_threads_give_the_same_bits():
+    before, results = torch.get_num_threads(), []
+    args = sample(70, 90, 40, 5, batch=(3000,))
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        y = mlp(*args)
+        results.append((y, *torch.autograd.grad(y.square().sum(), args)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
 def test_opcheck():
     for args in samples():
         weights, biases = split(args[1:])

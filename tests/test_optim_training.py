@@ -1,5 +1,7 @@
 """Optimizers in a training: what stands around a step, and what relies on it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -35,7 +37,8 @@ def test_grad_scaler(name, fused, overflow_at):
                 model[0].weight.grad[0, 0] = float("inf")
             if step == 3:
                 scaler.unscale_(opt)
-            scaler.step(opt)
+            with calls([opt._op]) if ours and step != overflow_at else nullcontext():
+                scaler.step(opt)
             scaler.update()
         results.append([*model.parameters(), *(p.grad for p in model.parameters())])
         if name != "SGD":
@@ -90,6 +93,21 @@ def test_later_backward_notices(pair):
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pair
+def test_every_write_is_seen(pair):
+    """In the parameter, its state, and the gradient that a scaler's step divides."""
+    p = nn.Parameter(torch.ones(5))
+    opt = pair[0]([p], **full(pair[0]))
+    for scale in (None, torch.tensor(2.0)):
+        p.grad = torch.ones(5)
+        opt.grad_scale, opt.found_inf = scale, scale and torch.tensor(0.0)
+        tensors = [p, *opt.state[p].values(), *([p.grad] if scale else [])]
+        before = [t._version for t in tensors]
+        with calls([opt._op]):
+            opt.step()
+        assert all(t._version > version for t, version in zip(tensors, before))
 
 
 @pair

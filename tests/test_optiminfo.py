@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing._internal import common_optimizers
 
+import dlkernels
 from common import FULL
 from dlkernels import optim as ours
 from optim_samples import (
@@ -93,9 +94,12 @@ def assert_same_training(name, options, dtype, params, gradients):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_samples(name, dtype):
+    dlkernels.reset_stats()
     for options in options_of(name, dtype):
         for params, gradients in ALL if FULL or dtype is torch.float32 else SOME:
             assert_same_training(name, options, dtype, params, gradients)
+    ran = dlkernels.stats()[getattr(ours, name)._op]
+    assert ran["torch"] and (ran["kernel"] > 0) == (dtype is torch.float32)
 
 
 @names

@@ -136,6 +136,7 @@ def test_info():
     assert info["torch_running"] == info["torch_built_for"] == torch.__version__
     assert info["isa"] == _C.isa() and info["threads"] == torch.get_num_threads()
     assert "-std=c++20" in info["build_flags"] and "-march" not in info["build_flags"]
+    assert "fast" not in info["build_flags"]  # -ffast-math, -Ofast
     assert info["cuda"] or info["cuda_reason"]
     assert json.loads(json.dumps(info)) == info
     lines = str(info).splitlines()

@@ -1,5 +1,6 @@
 """relu: torch.nn.functional.relu, bit for bit."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -45,3 +46,11 @@ def test_inplace_is_pytorchs():
     with calls(torchs=["relu"]):
         assert ours.relu(x, inplace=True) is x
     assert (x >= 0).all()
+
+
+def test_backward_checks_its_arguments():
+    backward, x = torch.ops.dlkernels.relu_backward, torch.randn(4, 5)
+    assert torch.equal(backward(x, torch.ones(4, 5)), x)
+    for args in [(x[:3], x), (x, x[:, :4]), (x[0], x), (x.to("meta"), x), (x.double(), x)]:
+        with pytest.raises(RuntimeError, match=r"relu_backward: .*(must be|on the same device)"):
+            backward(*args)

@@ -9,6 +9,7 @@ import dlkernels
 from common import calls
 from dlkernels import _C
 from dlkernels import functional as ours
+from dlkernels._check import CASES
 
 
 def test_stats():
@@ -130,6 +131,47 @@ def test_set_fallback():
     finally:
         dlkernels.set_fallback("torch")
     ours.relu(x)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def gradient_of_a_gradient(f, x, *rest):
+    x.requires_grad_()
+    torch.autograd.grad(f(x, *rest).sum(), x, create_graph=True)
+
+
+WITHOUT_KERNEL = {
+    "float64": lambda f, *args: f(*(x.double() for x in args)),
+    "integers": lambda f, *args: f(*(x.long() for x in args)),
+    "complex": lambda f, *args: f(*(x.to(torch.complex64) for x in args)),
+    "subclass": lambda f, x, *rest: f(x.as_subclass(Subclass), *rest),
+    "sparse": lambda f, x, *rest: f(x.to_sparse(), *rest),
+    "mkldnn": lambda f, *args: f(*(x.to_mkldnn() for x in args)),
+    "vmap": lambda f, x, *rest: torch.func.vmap(lambda x: f(x, *rest))(x[None]),
+    "jvp": lambda f, x, *rest: torch.func.jvp(lambda x: f(x, *rest), (x,), (x,)),
+    "grad": lambda f, x, *rest: torch.func.grad(lambda x: f(x, *rest).sum())(x),
+    "double backward": gradient_of_a_gradient,
+}
+
+
+@pytest.mark.parametrize("op", [op for op in CASES if not op.endswith("_")])  # no optimizer's
+@pytest.mark.parametrize("kind", WITHOUT_KERNEL)
+def test_what_has_no_kernel_is_counted(op, kind):
+    """Whether PyTorch has it or not; and an error where that was asked for."""
+    f, _, shapes = CASES[op]
+    args = [torch.randn(shape) for shape in shapes]
+    before = dlkernels.stats()
+    try:
+        WITHOUT_KERNEL[kind](f, *args)
+    except (NotImplementedError, RuntimeError) as error:  # PyTorch's
+        assert kind in ("integers", "complex", "sparse", "mkldnn") and "of ours" not in str(error)
+    names = {f"{name}_backward" for name in CASES} if kind == "double backward" else {op}
+    now = dlkernels.stats()
+    assert any(now[name]["torch"] > before[name]["torch"] for name in names & {*now})
+    with dlkernels.set_fallback("error"), pytest.raises(NotImplementedError, match="of ours"):
+        WITHOUT_KERNEL[kind](f, *(x.detach() for x in args))
 
 
 @pytest.mark.parametrize("bad", ["Error", "", None, True, ["error"], torch.zeros(2)])

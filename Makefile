@@ -81,7 +81,7 @@ race:  ## test them for data races under TSan: two minutes
 fuzz: $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
 	$(SANITIZED) ../build/kernels_test
 	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
-	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PY) -m pytest -s test_fuzz.py
+	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PYTEST) test_fuzz.py
 
 bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
 	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md

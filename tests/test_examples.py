@@ -89,6 +89,7 @@ def test_ctrl_c_leaves_nothing_behind(call_example, module, monkeypatch, tmp_pat
         yield lambda: signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module("harness"), "progress", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     _, complaint = call_example(name, code=130)
     assert complaint == "stopped by Ctrl-C\n"
     assert not [*tmp_path.iterdir()]

@@ -1,5 +1,5 @@
 // cross_entropy: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
-// cpu/cross_entropy.inl.h and cuda/cross_entropy.cu.
+// cpu/cross_entropy.inl.h and cuda/cross_entropy.cu; cross_entropy_cuda.cpp calls the latter.
 #include "ops/torch_headers.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -7,12 +7,10 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 
@@ -105,13 +103,6 @@ Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, con
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
-
-// Rows of classes that lie side by side: the product of d1, ... in (N, C, d1, ...).
-int64_t inner(const Tensor& x) {
-  return c10::multiply_integers(x.sizes().slice(std::min<int64_t>(x.dim(), 2)));
-}
-
-Tensor as_indices(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
 // The sum of f(begin, end) over blocks of `block` rows, about 5 us of work: they follow the shape,
 // so that the sum does not depend on the threads.
@@ -237,101 +228,26 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, cons
 
 // ---- cuda ---------------------------------------------------------------------------------
 
-// A target that is no class can't be reported when it is met without waiting for the device. The
-// loss and the gradient of its row are NaN, and a flag in the host's memory, which the device
-// writes, makes one of the next calls raise PyTorch's IndexError.
-int* no_class_flag() {
-  static Tensor* const flag = new Tensor(  // never freed: the device may still write to it
-      at::zeros({1}, at::TensorOptions(at::kInt).pinned_memory(true)));
-  return flag->mutable_data_ptr<int>();
-}
-int* report_no_class() {
-  int* const flag = no_class_flag();
-  const bool raised = std::atomic_ref<int>(*flag).exchange(0) != 0;
-  TORCH_CHECK_INDEX(!raised, "Target is out of bounds, in an earlier cross_entropy on CUDA, whose ",
-                    "loss is NaN.");
-  return flag;
-}
-
-// A row's sizes, and where rows lie; the pointers and options are the caller's.
-cuda::CrossEntropy cuda_rows(const Tensor& x) {
-  const int64_t C = x.size(x.dim() == 1 ? 0 : 1);
-  return {.x = x.const_data_ptr(),
-          .target = nullptr,
-          .probabilities = nullptr,
-          .weight = nullptr,
-          .rows = x.numel() / C,
-          .C = C,
-          .inner = inner(x),
-          .ignore_index = 0,
-          .smoothing = 0,
-          .reduction = cuda::Reduction::kNone,
-          .loss = nullptr,
-          .grad = nullptr,
-          .no_class = nullptr};
-}
-
-// Fills loss, and grad where it is defined.
-void compute_cuda(const Args& a, const Tensor& loss, const Tensor& grad) {
-  int* const no_class = report_no_class();
-  cross_entropy_stats.kernel_ran();
-  const bool probabilities = gives_probabilities(a.input, a.target);
-  const Tensor x = a.input.contiguous();
-  const Tensor t = probabilities ? a.target.contiguous() : as_indices(a.target);
-  const Tensor w = a.weight ? a.weight->contiguous() : Tensor();
-  cuda::CrossEntropy rows = cuda_rows(x);
-  if (probabilities)
-    rows.probabilities = t.const_data_ptr();
-  else
-    rows.target = t.const_data_ptr<int64_t>();
-  rows.weight = a.weight ? w.const_data_ptr() : nullptr;
-  rows.ignore_index = a.ignore_index;
-  rows.smoothing = static_cast<float>(a.label_smoothing);
-  rows.reduction = static_cast<cuda::Reduction>(a.reduction);
-  rows.loss = loss.mutable_data_ptr();
-  rows.grad = grad.defined() ? grad.mutable_data_ptr() : nullptr;
-  rows.no_class = no_class;
-  launch("cross_entropy", x, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    const int64_t floats = kernels.cross_entropy_workspace(rows.rows, rows.C, rows.inner);
-    const Tensor workspace = at::empty({floats}, x.options().dtype(at::kFloat));
-    return kernels.cross_entropy(dtype_of(x), rows, workspace.mutable_data_ptr<float>(), stream);
-  });
-}
-
 Tensor cross_entropy_cuda(const Args& a) {
   if (!ours(a)) return cross_entropy_torch(a);
   const Tensor loss = new_loss(a);
+  cross_entropy_stats.kernel_ran();
   compute_cuda(a, loss, Tensor());
   return loss;
 }
 
 Two cross_entropy_forward_cuda(const Args& a) {
   const Two out = cross_entropy_forward_meta(a);
+  cross_entropy_stats.kernel_ran();
   compute_cuda(a, std::get<0>(out), std::get<1>(out));
   return out;
-}
-
-// grad_x may be grad: where grad_y is 1, as it mostly is, the device then has nothing to do.
-void scale_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                int64_t ignore_index, const Tensor& grad_x) {
-  cross_entropy_backward_stats.kernel_ran();
-  if (grad.numel() == 0) return;
-  const Tensor from = grad.contiguous(), gy = grad_y.contiguous();
-  const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
-  cuda::CrossEntropy rows = cuda_rows(from);
-  rows.target = t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
-  rows.ignore_index = ignore_index;
-  rows.grad = grad_x.mutable_data_ptr();
-  launch("cross_entropy_backward", from, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
-    return kernels.cross_entropy_backward(dtype_of(from), rows, gy.const_data_ptr(),
-                                          grad_y.dim() == 0 ? 0 : 1, stream);
-  });
 }
 
 Tensor cross_entropy_backward_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
                                    int64_t ignore_index) {
   report_no_class();
   const Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
+  cross_entropy_backward_stats.kernel_ran();
   scale_cuda(grad_y, grad, target, ignore_index, grad_x);
   return grad_x;
 }
@@ -422,6 +338,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                !torch::autograd::get_current_graph_task_keep_graph()) {
       // Whether that is 1 only the device knows.
       check_backward(grads[0], grad, target);
+      cross_entropy_backward_stats.kernel_ran();
       scale_cuda(grads[0], grad, target, ignore_index, grad);
       out[0] = grad;
     } else {

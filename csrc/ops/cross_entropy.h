@@ -1,5 +1,5 @@
 // The arguments of cross_entropy, what of them is ours, and the shapes that follow from them, for
-// cross_entropy.cpp.
+// cross_entropy.cpp and cross_entropy_cuda.cpp.
 #pragma once
 #include <ATen/core/Reduction.h>
 
@@ -75,5 +75,25 @@ inline Tensor new_loss(const Args& a) {
   return at::empty_symint(none ? c10::SymIntArrayRef(rows) : c10::SymIntArrayRef(),
                           a.input.options());
 }
+
+// Rows of classes that lie side by side: the product of d1, ... in (N, C, d1, ...).
+inline int64_t inner(const Tensor& x) {
+  return c10::multiply_integers(x.sizes().slice(std::min<int64_t>(x.dim(), 2)));
+}
+
+inline Tensor as_indices(const Tensor& target) { return target.to(at::kLong).contiguous(); }
+
+// ---- cross_entropy_cuda.cpp -----------------------------------------------------------------
+
+// Raises IndexError if an earlier call met a target that is no class.
+void report_no_class();
+
+// The same, and fills loss, and grad where it is defined.
+void compute_cuda(const Args& a, const Tensor& loss, const Tensor& grad);
+
+// grad_x = grad_y * grad, and may be grad: where grad_y is 1, as it mostly is, the device then has
+// nothing to do.
+void scale_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
+                int64_t ignore_index, const Tensor& grad_x);
 
 }  // namespace dlkernels::entropy

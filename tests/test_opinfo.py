@@ -37,9 +37,9 @@ def inputs(op, dtype=torch.float32, requires_grad=False, every=1):
 
 
 @functools.cache
-def some(op):
+def some(op, *args):
     """Few enough for what is tried in many ways: max_pool2d has 1,440."""
-    return inputs(op, every=29 if op == "max_pool2d" and not FULL else 1)
+    return inputs(op, *args, every=29 if op == "max_pool2d" and not FULL else 1)
 
 
 def tensors(args, kwargs):
@@ -78,7 +78,7 @@ def value_and_gradients(f, args, kwargs):
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["forward", "backward"])
 def test_samples(machine, ieee, op, requires_grad):
     """All on kernels of ours, against PyTorch and float64."""
-    for args, kwargs in inputs(op, torch.float32, requires_grad):
+    for args, kwargs in some(op, torch.float32, requires_grad):
         if op == "cross_entropy" and args[1].requires_grad:
             with calls(torchs=[op]):  # a gradient of the probabilities is wanted too
                 ours.cross_entropy(*args, **kwargs)

@@ -53,6 +53,21 @@ REGRESSIONS = [
             "precision": "ieee",
         },
     ),
+    # Windows of padding alone, which PyTorch takes where there is no image.
+    (
+        "max_pool2d",
+        {
+            "x": ([0, 1, 1, 1], {**DENSE, "dtype": "float64"}),
+            "special": False,
+            "args": {
+                "kernel_size": 2,
+                "stride": None,
+                "padding": 1,
+                "dilation": 2,
+                "ceil_mode": False,
+            },
+        },
+    ),
     # Two mistakes: PyTorch's is the first.
     (
         "cross_entropy",

@@ -6,6 +6,7 @@ regressions.py. `make fuzz` runs 20,000 of each op: DLKERNELS_FUZZ cases with DL
 
 import os
 import random
+from functools import partial
 
 import hypothesis
 import hypothesis.strategies as st
@@ -96,17 +97,18 @@ def check_mlp(case):
     def called(f):
         return lambda x, *rest: f(x, list(rest[:count]), list(rest[count:]))
 
-    # Steps of ours, which check_linear holds against PyTorch's: a sum near 0 that another order of
-    # adding makes negative changes all gradients of the layers before it.
-    def steps(x, weights, biases):
+    def steps(linear, x, weights, biases):
         if len(biases) not in (0, len(weights)):
             raise RuntimeError
         for i, w in enumerate(weights):
-            x = ours.linear(F.relu(x) if i else x, w, biases[i] if biases else None)
+            x = linear(F.relu(x) if i else x, w, biases[i] if biases else None)
         return x
 
     args = [make(*case["x"]), *weights, *biases]
-    agree(called(ours.mlp), called(steps), args, grad_strides=False)
+    # Gradients against steps of ours, which check_linear holds against PyTorch's: a sum near 0 that
+    # another order of adding makes negative changes all gradients of the layers before it.
+    agree(called(ours.mlp), called(partial(steps, ours.linear)), args, grad_strides=False)
+    agree(called(ours.mlp), called(partial(steps, F.linear)), [x.detach() for x in args])
 
 
 relus = st.fixed_dictionaries({"shape": st.lists(size, max_size=4), "kind": kinds})

@@ -10,7 +10,9 @@ cuda_torch = torch==2.14.1
 with_cuda = $(MAKE) VENV=$(VENV)-cuda TORCH=$(cuda_torch)
 
 PY := $(abspath $(VENV))/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check
+# Python compiles what is imported, and keeps that; pip would compile all of it, which takes a minute.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 SANITIZED = $(MAKE) --no-print-directory --output-sync=target -C tests --jobs=$(shell nproc)
 # Two processes: where one is busy in Python, the other has the second core, for which no thread spins.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
@@ -18,7 +20,7 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 # Directories too, so that a removed file counts. An editable install writes dlkernels/_build.py
 # and with that makes `make test` install a copy again.
-SOURCES := setup.py build_backend.py build_cuda.py pyproject.toml \
+SOURCES := setup.py build_backend.py build_kernels.py pyproject.toml \
   $(shell find csrc dlkernels benchmarks -not -name '*.so' -not -path '*__pycache__*')
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -51,14 +53,14 @@ sanitize:  ## test the kernels without torch, those of CUDA on the CPU, under sa
 	$(SANITIZED)
 
 cuda:  ## build the CUDA kernels, warnings as errors (skipped where there is no nvcc)
-	$(PYTHON) build_cuda.py build/cuda
+	$(PYTHON) build_kernels.py build/cuda
 
 cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an environment of 5 GB)
 	$(with_cuda) .cuda-link
 
 # No fault of ours where there is no compiler, no room, or no such torch for this Python.
 .cuda-link-if-possible:
-	@if ! $(PYTHON) -c 'import build_cuda, sys; sys.exit(build_cuda.nvcc() is None)'; then \
+	@if ! $(PYTHON) -c 'import build_kernels, sys; sys.exit(build_kernels.nvcc() is None)'; then \
 	  echo 'cuda-link: skipped, there is no nvcc (set CUDA_HOME)'; \
 	elif [ ! -e $(VENV)-cuda/.torch ] && df -Pk . | awk 'NR == 2 {exit $$4 >= 10000000}'; then \
 	  echo 'cuda-link: skipped, its environment needs 10 GB of free disk'; \

@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import build_cuda
+import build_kernels
 
 # -g0 undoes the -g that Python was built with: a third of the compile time, most of the file.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-Wall", "-Wextra"]
@@ -25,7 +26,7 @@ def why_no_cuda() -> str:
         raise ValueError(f"DLKERNELS_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
         return "it was built with DLKERNELS_CUDA=0"
-    if build_cuda.nvcc() is None:
+    if build_kernels.nvcc() is None:
         if wanted:
             raise RuntimeError("DLKERNELS_CUDA=1, and there is no nvcc: set CUDA_HOME")
         return "no nvcc was there when it was built: install the CUDA toolkit, set CUDA_HOME"
@@ -33,8 +34,8 @@ def why_no_cuda() -> str:
         return ""
     if torch.version.cuda is None:
         return f"it was built for torch {torch.__version__}, which is no CUDA build"
-    if build_cuda.version()[0] > int(torch.version.cuda.split(".")[0]):
-        found = ".".join(map(str, build_cuda.version()))
+    if build_kernels.version()[0] > int(torch.version.cuda.split(".")[0]):
+        found = ".".join(map(str, build_kernels.version()))
         return f"nvcc was {found} when it was built, newer than torch's CUDA {torch.version.cuda}"
     return ""
 
@@ -45,7 +46,7 @@ def add_cuda(objects: Path, library: Path) -> str:
     library.unlink(missing_ok=True)
     if not reason:
         try:
-            build_cuda.build(objects, library)
+            build_kernels.build_cuda(objects, library)
         except RuntimeError as error:
             if os.environ.get("DLKERNELS_CUDA"):
                 raise
@@ -80,18 +81,25 @@ def compiled() -> dict:
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
 
         def build_extensions(self):
+            cxx = os.environ.get("CXX", "c++").split()  # as PyTorch chooses it
+            compiler = [*cxx, *self.compiler.compiler_so[1:], *FLAGS]
+            with ThreadPoolExecutor() as pool:
+                pool.submit(self.precompile_torch_headers, compiler)
+                kernels = build_kernels.build_cpu(Path("build/cpu"), compiler)
+            self.extensions[0].extra_objects = list(map(str, kernels))
+            super().build_extensions()
+
+        def precompile_torch_headers(self, compiler):
             # Beside a copy: GCC looks for both in a folder, and for the precompiled one first.
             header = Path(self.build_temp, "ops", "torch_headers.h").resolve()
             precompiled = header.with_suffix(".h.gch")
             header.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2("csrc/ops/torch_headers.h", header)
             if not precompiled.exists() or precompiled.stat().st_mtime < header.stat().st_mtime:
-                flags = [*self.compiler.compiler_so[1:], *FLAGS, *include, "-w"]
-                cxx = os.environ.get("CXX", "c++")  # as PyTorch chooses it
                 # Unchecked: without it, or with another compiler, the build takes longer, no more.
-                subprocess.run([*cxx.split(), *flags, "-xc++-header", header, "-o", precompiled])
+                command = [*compiler, *include, "-w", "-xc++-header", header, "-o", precompiled]
+                subprocess.run(command)
             self.extensions[0].include_dirs.insert(0, str(header.parents[1]))
-            super().build_extensions()
 
         def run(self):
             super().run()
@@ -109,8 +117,8 @@ def compiled() -> dict:
 
     extension = CppExtension(
         "dlkernels._C",
-        sorted(glob("csrc/**/*.cpp", recursive=True)),
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        sorted(glob("csrc/ops/*.cpp")),
+        depends=sorted(glob("csrc/**/*.*", recursive=True)),
         # -isystem, so that the warnings shown are ours and not those of torch's headers.
         extra_compile_args=[*FLAGS, *include],
     )

@@ -1,10 +1,12 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
 // The functions below are what the library says about itself, and the optimizers' step.
+#include "ops/torch_headers.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "ops/common.h"
-#include "ops/optim_step.h"
+#include "common.h"
+#include "optim_step.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,7 @@
-"""Compile csrc/cuda to the library _C_cuda.so. It knows no torch, so any Python will do:
+"""Compile csrc/cpu to objects and csrc/cuda to the library _C_cuda.so. They know no torch: once for
+every torch there is, and any Python will do.
 
-python build_cuda.py FOLDER     with warnings as errors, and a look at what the assembler says
+python build_kernels.py FOLDER     csrc/cuda, warnings as errors, and what the assembler says
 """
 
 import os
@@ -16,6 +17,7 @@ ARCHITECTURES = "7.5;8.0;9.0+PTX"  # what TORCH_CUDA_ARCH_LIST is for PyTorch's 
 # Their tensor cores must know bfloat16, and copies be asynchronous: for nothing before this.
 PRODUCTS, LEAST_OF_PRODUCTS = ("gemm", "conv2d"), 80
 FLAGS = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+STRICT = ["--Werror=all-warnings"]
 
 # Kernels that may use local memory, by a part of their name, each with its reason.
 LOCAL_MEMORY: dict[str, str] = {}
@@ -58,32 +60,43 @@ def run(command: list) -> str:
     return done.stderr
 
 
-def build(folder: Path, library: Path, strict: bool = False) -> str:
-    """Write the library, its objects to `folder`; returns what the assembler said."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted(SOURCE.glob("cuda/*.cu"))
-    headers = [*SOURCE.glob("cuda/*.h"), *SOURCE.glob("cuda/*.cuh"), Path(__file__)]
+def compile_all(folder: Path, commands: dict[Path, list]) -> list[Path]:
+    """The objects of the sources, each by its command unless that, or that and STRICT, has made it
+    since the last change; what the compiler said stands beside it, below the command."""
 
     def compile_one(source: Path) -> Path:
-        out, said = folder / f"{source.stem}.o", folder / f"{source.stem}.txt"
-        newest = max(path.stat().st_mtime for path in [source, *headers])
-        least = LEAST_OF_PRODUCTS if source.stem in PRODUCTS else 0
-        command = [nvcc(), *FLAGS, *architectures(least), f"-I{SOURCE}", "-c", source, "-o", out]
-        strictly = [*command, "--Werror=all-warnings"]
-        chosen = strictly if strict else command
-        good = {f"{chosen}", f"{strictly}"}  # what was built strictly is good for others, too
+        command, out = commands[source], folder / f"{source.stem}.o"
+        said, good = out.with_suffix(".txt"), [str(command), str([*command, *STRICT])]
+        sources = [source, *source.parent.glob("*.*h"), *SOURCE.glob("*.h")]
+        newest = max(path.stat().st_mtime for path in sources)
         fresh = said.exists() and said.stat().st_mtime > newest
         if not fresh or said.read_text().partition("\n")[0] not in good:
             said.unlink(missing_ok=True)
-            said.write_text(f"{chosen}\n{run(chosen)}")  # last, so that it stands for the object
+            text = run([*command, f"-I{SOURCE}", "-c", source, "-o", out])
+            said.write_text(f"{command}\n{text}")  # last, so that it stands for the object
         return out
 
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        return list(pool.map(compile_one, commands))
+
+
+def build_cpu(folder: Path, compiler: list) -> list[Path]:
+    """The objects of csrc/cpu, by the C++ compiler with its flags."""
+    return compile_all(folder, {source: compiler for source in sorted(SOURCE.glob("cpu/*.cpp"))})
+
+
+def build_cuda(folder: Path, library: Path, strict: bool = False) -> str:
+    """Write the library, its objects to `folder`; returns what the assembler said."""
+    commands = {}
+    for source in sorted(SOURCE.glob("cuda/*.cu")):
+        least = LEAST_OF_PRODUCTS if source.stem in PRODUCTS else 0
+        commands[source] = [nvcc(), *FLAGS, *architectures(least), *(STRICT if strict else [])]
+    objects = compile_all(folder, commands)
     # The runtime inside, out of sight: PyTorch has its own, maybe of another release.
     run([nvcc(), "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *architectures(),
          *objects, "-o", library])  # fmt: skip
-    return "".join((folder / f"{source.stem}.txt").read_text() for source in sources)
+    return "".join(path.with_suffix(".txt").read_text() for path in objects)
 
 
 def local_memory(said: str) -> list[str]:
@@ -108,7 +121,7 @@ def main() -> None:
         print("CUDA: skipped, there is no nvcc (set CUDA_HOME)")
         return
     folder = Path(sys.argv[1])
-    said = build(folder, folder / "_C_cuda.so", strict=True)
+    said = build_cuda(folder, folder / "_C_cuda.so", strict=True)
     wrong = local_memory(said)
     kernels = said.count("Function properties for")
     toolkit = ".".join(map(str, version()))

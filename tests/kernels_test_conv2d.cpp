@@ -317,6 +317,9 @@ int conv2d(const cpu::Kernels& t) {
       {1, 32, 15, {33, 3, 1, 1}, {1, 3, 1, 1}},
       {1, 4, 8, {5, 3, 1, 1}, {102, 3, 1, 1}},          // an odd number of tiles
       {1, 16, 4, {32, 3, 1, 5, 5}, {100, 3, 1, 5, 5}},  // a last block less than a dilation
+      {2, 6, 16, {14, 5}, {14, 5}},                     // few channels, their gradient scattered,
+      {1, 3, 20, {70, 5}, {30, 5, 1, 1}},               // in several blocks,
+      {1, 7, 19, {11, 3, 1, 0, 2}, {12, 4}},            // and dilated
   };
   int wrong = 0;
   int64_t index = 0;

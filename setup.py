@@ -84,8 +84,9 @@ def compiled() -> dict:
             cxx = os.environ.get("CXX", "c++").split()  # as PyTorch chooses it
             compiler = [*cxx, *self.compiler.compiler_so[1:], *FLAGS]
             with ThreadPoolExecutor() as pool:
-                pool.submit(self.precompile_torch_headers, compiler)
+                headers = pool.submit(self.precompile_torch_headers, compiler)
                 kernels = build_kernels.build_cpu(Path("build/cpu"), compiler)
+                headers.result()  # raises what was raised there
             self.extensions[0].extra_objects = list(map(str, kernels))
             super().build_extensions()
 

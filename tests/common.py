@@ -83,11 +83,13 @@ def run(f, args, kwargs, dtype=None, grad_ys=None):
 
 
 def safe_for_torch(args, kwargs):
-    """A context without oneDNN where its convolutions may write outside of their memory, as those
-    of PyTorch 2.13 do on AVX2: in 16 bits, and grad_weight of windows of 1x1 with a stride."""
+    """A context without oneDNN where its convolutions may touch what is outside of their memory, as
+    those of PyTorch 2.13 do on AVX2: in 16 bits, grad_weight of windows of 1x1 with a stride, and
+    forward with a stride and dilated windows that lie in the padding (channels_last, bias)."""
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     one = any(x.dim() == 4 and x.shape[2:] == (1, 1) for x in tensors)
-    if (one and "stride" in kwargs) or any(
+    dilated = kwargs.get("dilation", 1) not in (1, (1, 1), [1, 1])
+    if ("stride" in kwargs and (one or dilated)) or any(
         x.dtype in (torch.bfloat16, torch.float16) for x in tensors
     ):
         return torch.backends.mkldnn.flags(enabled=False)

@@ -32,7 +32,7 @@ def fuzz(strategy):
 
     def decorate(test):
         many = hypothesis.settings(
-            max_examples=COUNT or 250,
+            max_examples=COUNT or 400,
             derandomize=not COUNT,
             database=None,
             deadline=None,

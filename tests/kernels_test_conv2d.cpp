@@ -123,17 +123,17 @@ struct Case {
 };
 
 template <class T>
-int forward(const cpu::Conv2dKernels& t, Case<T>& c) {
+int forward(const cpu::Conv2dKernels& t, Case<T>& c, bool biased) {  // and through a ReLU
   cpu::Conv2d v = c.forward();
   c.set_output(v, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
-  v.bias = c.bias.data(), v.relu = true;
+  if (biased) v.bias = c.bias.data(), v.relu = true;
   c.y.fill(T(NAN));
   c.run(t, v, c.filter(false));
   int wrong = 0;
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
-    double z = c.bias[o], size = 1;
+    double z = biased ? c.bias[o] : 0, size = 1;
     c.each_product(n, o, i, j, [&](int64_t x, int64_t w) { z += c.x[x] * c.weight[w], ++size; });
-    z = std::fmax(0, z);
+    if (biased) z = std::fmax(0, z);
     wrong +=
         !close(c.y[c.at(n, o, i, j, c.s.K, c.OH, c.OW)], z, 1e-6 * (size + 4) + rounding<T>(z));
   });
@@ -250,7 +250,10 @@ int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
     const bool winograd = way == &t.winograd_4x4 || way == &t.winograd_2x2;
     if (winograd && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
     Case<T> c(s, last);
-    const int y = forward(*way, c), g = gradients(*way, c), p = pooled(*way, c);
+    int y = 0;
+    if (way == &t.conv2d && s.K <= 8) y += forward(*way, c, false);  // sums alone have a way
+    y += forward(*way, c, true);  // last, for the y that the others take
+    const int g = gradients(*way, c), p = pooled(*way, c);
     if (y + g + p)
       std::printf("%s dtype %d C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
                   int(kDType<T>), long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
@@ -317,6 +320,10 @@ int conv2d(const cpu::Kernels& t) {
       {1, 32, 15, {33, 3, 1, 1}, {1, 3, 1, 1}},
       {1, 4, 8, {5, 3, 1, 1}, {102, 3, 1, 1}},          // an odd number of tiles
       {1, 16, 4, {32, 3, 1, 5, 5}, {100, 3, 1, 5, 5}},  // a last block less than a dilation
+      {2, 6, 16, {14, 5}, {14, 5}},                     // few channels, their gradient scattered,
+      {1, 3, 20, {70, 5}, {30, 5, 1, 1}},               // in several blocks,
+      {1, 7, 19, {11, 3, 1, 0, 2}, {12, 4}},            // and dilated,
+      {1, 17, 3, {5, 4, 1, 6}, {4, 2, 1, 7}},           // or themselves, far into the padding
   };
   int wrong = 0;
   int64_t index = 0;

@@ -2,153 +2,15 @@
 // windows broadcast from a block (block.inl.h) against panels of weights. The taps of a row of the
 // window lie along memory in a block, so there is no im2col matrix, not even in cache.
 
-// ---- one axis of a block -------------------------------------------------------------------
-
-static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-
-// The taps that output o has: tap first + i * step lies at index at + i * at_step, i < count.
-struct Taps {
-  int64_t first, step, count, at, at_step;
-};
-
-// The inputs of outputs [o, o + size) in scratch: all from the first to the last of them, or, where
-// fewer, those of each tap as a run of their own (a wide stride or dilation).
-struct Span {
-  const ConvAxis& axis;
-  int64_t o, runs, run, step;  // `runs` runs of `run` inputs, `step` apart
-  bool apart;
-
-  Span(const ConvAxis& a, int64_t o, int64_t size) : axis(a), o(o) {
-    const int64_t all = ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 1 + (a.up > 1);
-    const int64_t each = a.up > 1 ? (size - 1) / a.up + 2 : size;
-    apart = each * a.taps < all;
-    runs = apart ? a.taps : 1, run = apart ? each : all, step = apart ? a.stride : 1;
-  }
-  int64_t size() const { return runs * run; }
-  int64_t begin(int64_t i) const {  // the first input of run i
-    return floor_div(o * axis.stride - axis.pad + i * axis.dilation, axis.up);
-  }
-  // From an output to the next that has the same taps.
-  int64_t output_step() const { return apart ? 1 : axis.stride; }
-
-  Taps taps(int64_t output) const {
-    int64_t gcd = axis.up;
-    for (int64_t rest = axis.dilation; rest;) {
-      const int64_t next = gcd % rest;
-      gcd = rest, rest = next;
-    }
-    Taps t = {0, axis.up / gcd, 0, 0, axis.dilation / gcd};
-    const int64_t start = output * axis.stride - axis.pad, phases = least(t.step, axis.taps);
-    while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
-    if (t.first == phases) return t;
-    t.count = ceil_div(axis.taps - t.first, t.step);
-    if (apart) {
-      t.at = t.first * run + ceil_div(output - o, axis.up);
-      t.at_step = t.step * run;
-    } else {
-      t.at = (start + t.first * axis.dilation) / axis.up - begin(0);
-    }
-    return t;
-  }
-};
-
-// ---- blocks --------------------------------------------------------------------------------
-
-// How an image's outputs are cut into blocks, from the sizes alone.
-struct Cut {
-  int64_t rows, cols;      // outputs of a block
-  int64_t count_w, count;  // blocks an image
-  int64_t x_floats;
-  int64_t g_pitch, g_floats;  // of the gradient's block
-
-  explicit Cut(const Conv2d& v) {
-    constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: in L2, and a fraction of it
-    const auto floats = [&](int64_t r, int64_t c) {
-      return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
-    };
-    const int64_t even = v.argmax ? 2 : 1;  // whole windows of the pool
-    cols = v.w.out;
-    while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
-      cols = round_up((cols + 1) / 2, even);
-    rows = even;
-    while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
-    const int64_t count_h = ceil_div(v.h.out, rows);
-    rows = round_up(ceil_div(v.h.out, count_h), even);
-    count_w = ceil_div(v.w.out, cols);
-    count = count_h * count_w;
-    x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
-    g_pitch = round_up(v.K);
-    g_floats = rows * cols * g_pitch + kTileCols;
-  }
-};
-
-// One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
-struct Block {
-  int64_t n, h, h_end, w, w_end;
-  Span rows, cols;
-
-  Block(const Conv2d& v, const Cut& cut, int64_t index)
-      : n(index / cut.count),
-        h(index % cut.count / cut.count_w * cut.rows),
-        h_end(least(h + cut.rows, v.h.out)),
-        w(index % cut.count % cut.count_w * cut.cols),
-        w_end(least(w + cut.cols, v.w.out)),
-        rows(v.h, h, h_end - h),
-        cols(v.w, w, w_end - w) {}
-
-  // f(h, w) for the runs of inputs that begin at row h, column w, as they follow in scratch.
-  template <class F>
-  void each_run(const F& f) const {
-    for (int64_t i = 0; i < rows.runs; ++i)
-      for (int64_t r = 0; r < rows.run; ++r)
-        for (int64_t j = 0; j < cols.runs; ++j) f(rows.begin(i) + r * rows.step, cols.begin(j));
-  }
-
-  // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
-  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
-    each_run([&](int64_t h, int64_t w) {
-      load_row(images, n, h, w, cols.run, cols.step, c, channels, channels, x);
-      x += cols.run * channels;
-    });
-  }
-};
-
-// With few output channels, these are few lanes; then the lanes are pixels, in planes, and the
-// channels are the tile's rows. An output's columns go on into the margin of its row of inputs, so
-// that a block is one long row.
-constexpr int64_t kFewChannels = 8, kPixel = most(kFewChannels, Vec::kWidth);
-
-static bool are_planes(const Conv2d& v, const Cut& cut) {
-  // The last block is the smallest: where its inputs are one run, so are those of all.
-  const auto plain = [](const ConvAxis& a, int64_t size) {
-    return a.stride == 1 && a.up == 1 && !Span(a, 0, (a.out - 1) % size + 1).apart;
-  };
-  return v.groups == 1 && v.K <= kFewChannels && plain(v.h, cut.rows) && plain(v.w, cut.cols) &&
-         2 * cut.cols >= Span(v.w, 0, cut.cols).size();
-}
-
-// Where they are in scratch: a plane of inputs each for C channels, of outputs for K, then rows.
-struct Planes {
-  int64_t in_pitch, out_pitch, out, rows, floats;
-
-  Planes(const Conv2d& v, const Cut& cut) {
-    constexpr int64_t kBeyond = 4 * Vec::kWidth;  // the last tile's
-    const int64_t cols = Span(v.w, 0, cut.cols).size();
-    in_pitch = round_up(Span(v.h, 0, cut.rows).size() * cols);
-    out_pitch = round_up(cut.rows * cols) + kBeyond;
-    const int64_t in = v.x.C * in_pitch;  // and the same again, channels last
-    out = 2 * in + kBeyond;
-    rows = out + v.K * out_pitch;
-    floats = rows + 3 * cut.cols * kPixel;
-  }
-};
-
 static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
 static int64_t conv2d_batch(const Conv2d&) { return 1; }
 static int64_t conv2d_scratch(const Conv2d& v) {
   const Cut cut(v);
   const int64_t rows = most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
-  return most(cut.x_floats + rows, are_planes(v, cut) ? Planes(v, cut).floats : 0);
+  const int64_t few = is_scattered(v, cut) ? Scatter(v, cut).floats
+                      : are_planes(v, cut) ? Planes(v, cut).floats
+                                           : 0;
+  return most(cut.x_floats + rows, few);
 }
 
 // ---- weights -------------------------------------------------------------------------------
@@ -174,6 +36,8 @@ struct Panel {
 
 static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
   const int64_t c = v.x.C / v.groups;
+  const Cut cut(v);
+  if (begin < end && is_scattered(v, cut)) return scatter_pack(v, cut, f, to);  // all are one panel
   with_type(v.x.dtype, [&]<class T>() {
     const Source<T> s(f.data);
     for (int64_t i = begin; i < end; ++i) {
@@ -223,74 +87,19 @@ static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Pa
   }
 }
 
-// Outputs [o, o + V * kWidth) of R planes, the inputs of o's first tap at x.
-// Not inline: the loops around it would take its registers (10 % for one channel).
-template <int R, int V>
-__attribute__((noinline)) static void planes_tile(const Conv2d& v, const float* weight,
-                                                  const float* x, int64_t x_pitch, int64_t row,
-                                                  const GemmOutput& y, int64_t o) {
-  const int64_t C = v.x.C, tap = C * kTileCols;
-  Tile<R, V> tile;
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t kh = 0; kh < v.h.taps; ++kh)
-      tile.add_columns(weight + kh * v.w.taps * tap + c * kTileCols, tap,
-                       x + o + c * x_pitch + kh * v.h.dilation * row, v.w.dilation, v.w.taps);
-  tile.store(y, 0, o);
-}
-
-static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const float* weight,
-                          float* scratch) {
-  const Planes p(v, cut);
-  const int64_t C = v.x.C, row = b.cols.size(), pixels = b.rows.size() * row;
-  if (v.x.sw == 1 && !v.x.argmax) {
-    for (int64_t c = 0; c < C; ++c) b.load(v.x, c, 1, scratch + c * p.in_pitch);
-  } else {
-    float* const last = scratch + C * p.in_pitch;
-    b.load(v.x, 0, C, last);
-    transpose_copy(Source<float>(last), 0, C, pixels, C, scratch, p.in_pitch);
-  }
-  const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, pool = v.argmax ? 2 : 1;
-  float* const out = scratch + p.out;
-  const GemmOutput y = {.c = out, .row = p.out_pitch, .row_bias = v.bias, .relu = v.relu};
-  const int64_t size = (rows - 1) * row + cols;
-  with_rows<kFewChannels>(v.K, [&]<int R>() {
-    constexpr int V = least(4, most(1, kTileRows * kTileVecs / R)), kStep = V * Vec::kWidth;
-    int64_t o = 0;
-    for (; o + kStep <= size; o += kStep)
-      planes_tile<R, V>(v, weight, scratch, p.in_pitch, row, y, o);
-    for (; o < size; o += Vec::kWidth) planes_tile<R, 1>(v, weight, scratch, p.in_pitch, row, y, o);
-  });
-  for (int64_t h = 0; h < rows; h += pool) {
-    if (v.yc != 1 && !v.argmax) {
-      with_type(v.x.dtype, [&]<class T>() {
-        T* const to = static_cast<T*>(v.y) + b.n * v.yn + (b.h + h) * v.yh + b.w;
-        for (int64_t k = 0; k < v.K; ++k)
-          pack_run(Source<float>(out), k * p.out_pitch + h * row, cols, cols, to + k * v.yc);
-      });
-      continue;
-    }
-    float* const last = scratch + p.rows;
-    for (int64_t r = 0; r < pool; ++r)
-      transpose_copy(Source<float>(out), (h + r) * row, p.out_pitch, v.K, cols,
-                     last + r * cols * kPixel, kPixel);
-    store_row(v, b.n, b.h + h, b.w, cols, 0, v.K, last, last + cols * kPixel, kPixel,
-              last + 2 * cols * kPixel);
-  }
-}
-
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
-  if (panel_begin == panel_end) return;  // planes are always all of the channels
+  if (panel_begin == panel_end) return;  // few channels are always all of them
   const Cut cut(v);
   const int64_t pool = v.argmax ? 2 : 1;
-  const bool narrow = are_planes(v, cut);
+  const bool scattered = is_scattered(v, cut), planes = are_planes(v, cut);
   const bool deep = v.h.taps * v.w.taps * v.x.C >= 4 * v.groups * Vec::kWidth;  // time to prefetch
   float* const rows = scratch + cut.x_floats;  // channels last, for what is still to be done
   for (int64_t i = begin; i < end; ++i) {
     const Block b(v, cut, i);
     const int64_t cols = b.w_end - b.w;
-    if (narrow) {
-      conv2d_planes(v, cut, b, weight, scratch);
+    if (planes) {
+      (scattered ? conv2d_scatter : conv2d_planes)(v, cut, b, weight, scratch);
       continue;
     }
     b.load(v.x, 0, v.x.C, scratch);

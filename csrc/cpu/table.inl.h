@@ -12,6 +12,8 @@ namespace {
 #include "block.inl.h"
 
 #include "gemm.inl.h"
+#include "cut.inl.h"
+#include "few_outputs.inl.h"
 #include "optim.inl.h"
 
 #include "adadelta.inl.h"

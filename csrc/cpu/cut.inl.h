@@ -1,0 +1,112 @@
+// How an image is cut into blocks (block.inl.h), and which inputs the outputs of one see.
+
+// ---- one axis of a block -------------------------------------------------------------------
+
+static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// The taps that output o has: tap first + i * step lies at index at + i * at_step, i < count.
+struct Taps {
+  int64_t first, step, count, at, at_step;
+};
+
+// The inputs of outputs [o, o + size) in scratch: all from the first to the last of them, or, where
+// fewer, those of each tap as a run of their own (a wide stride or dilation).
+struct Span {
+  const ConvAxis& axis;
+  int64_t o, runs, run, step;  // `runs` runs of `run` inputs, `step` apart
+  bool apart;
+
+  Span(const ConvAxis& a, int64_t o, int64_t size) : axis(a), o(o) {
+    const int64_t all = ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 1 + (a.up > 1);
+    const int64_t each = a.up > 1 ? (size - 1) / a.up + 2 : size;
+    apart = each * a.taps < all;
+    runs = apart ? a.taps : 1, run = apart ? each : all, step = apart ? a.stride : 1;
+  }
+  int64_t size() const { return runs * run; }
+  int64_t begin(int64_t i) const {  // the first input of run i
+    return floor_div(o * axis.stride - axis.pad + i * axis.dilation, axis.up);
+  }
+  // From an output to the next that has the same taps.
+  int64_t output_step() const { return apart ? 1 : axis.stride; }
+
+  Taps taps(int64_t output) const {
+    int64_t gcd = axis.up;
+    for (int64_t rest = axis.dilation; rest;) {
+      const int64_t next = gcd % rest;
+      gcd = rest, rest = next;
+    }
+    Taps t = {0, axis.up / gcd, 0, 0, axis.dilation / gcd};
+    const int64_t start = output * axis.stride - axis.pad, phases = least(t.step, axis.taps);
+    while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
+    if (t.first == phases) return t;
+    t.count = ceil_div(axis.taps - t.first, t.step);
+    if (apart) {
+      t.at = t.first * run + ceil_div(output - o, axis.up);
+      t.at_step = t.step * run;
+    } else {
+      t.at = (start + t.first * axis.dilation) / axis.up - begin(0);
+    }
+    return t;
+  }
+};
+
+// ---- blocks --------------------------------------------------------------------------------
+
+// How an image's outputs are cut into blocks, from the sizes alone.
+struct Cut {
+  int64_t rows, cols;      // outputs of a block
+  int64_t count_w, count;  // blocks an image
+  int64_t x_floats;
+  int64_t g_pitch, g_floats;  // of the gradient's block
+
+  explicit Cut(const Conv2d& v) {
+    constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: in L2, and a fraction of it
+    const auto floats = [&](int64_t r, int64_t c) {
+      return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
+    };
+    const int64_t even = v.argmax ? 2 : 1;  // whole windows of the pool
+    cols = v.w.out;
+    while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
+      cols = round_up((cols + 1) / 2, even);
+    rows = even;
+    while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
+    const int64_t count_h = ceil_div(v.h.out, rows);
+    rows = round_up(ceil_div(v.h.out, count_h), even);
+    count_w = ceil_div(v.w.out, cols);
+    count = count_h * count_w;
+    x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
+    g_pitch = round_up(v.K);
+    g_floats = rows * cols * g_pitch + kTileCols;
+  }
+};
+
+// One of them: outputs [h, h_end) x [w, w_end) of image n, and the inputs that they see.
+struct Block {
+  int64_t n, h, h_end, w, w_end;
+  Span rows, cols;
+
+  Block(const Conv2d& v, const Cut& cut, int64_t index)
+      : n(index / cut.count),
+        h(index % cut.count / cut.count_w * cut.rows),
+        h_end(least(h + cut.rows, v.h.out)),
+        w(index % cut.count % cut.count_w * cut.cols),
+        w_end(least(w + cut.cols, v.w.out)),
+        rows(v.h, h, h_end - h),
+        cols(v.w, w, w_end - w) {}
+
+  // f(h, w) for the runs of inputs that begin at row h, column w, as they follow in scratch.
+  template <class F>
+  void each_run(const F& f) const {
+    for (int64_t i = 0; i < rows.runs; ++i)
+      for (int64_t r = 0; r < rows.run; ++r)
+        for (int64_t j = 0; j < cols.runs; ++j) f(rows.begin(i) + r * rows.step, cols.begin(j));
+  }
+
+  // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
+  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
+    each_run([&](int64_t h, int64_t w) {
+      load_row(images, n, h, w, cols.run, cols.step, c, channels, channels, x);
+      x += cols.run * channels;
+    });
+  }
+};

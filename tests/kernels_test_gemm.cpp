@@ -47,6 +47,11 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
                   long(K), options, wrong);
   };
 
+  for (const double threads : {0.4, 2.0, 64.0}) {
+    const auto [m, n] = t.gemm_part_size(A, B, M, N, K, out, threads);
+    const bool some = m > 0 && n > 0;
+    wrong += !some || ((M + m - 1) / m) * ((N + n - 1) / n) > std::fmax(1, 4 * threads);
+  }
   const auto in_parts = [&](const auto& run) {
     const int64_t m = M / 2, n = (N + 2) / 3;  // parts may begin anywhere
     together([&] { run({0, m, 0, N}); }, [&] { run({m, M, 0, n}); },
@@ -83,7 +88,7 @@ static int gemm(const cpu::Kernels& t) {
   // Blocks: deep, high, wide; rows of B that fall into the same sets of a cache.
   for (int i = 0; i < 8; ++i) {
     test(30, 40, 1100, i + 8 * (i % 4)), test(370, 40, 18, i + 8 * (i % 4));
-    test(20, 1100, 18, i + 8 * (i % 4)), test(60, 4096, 2, i + 8 * (i % 4));
+    test(80, 1100, 18, i + 8 * (i % 4)), test(60, 4096, 2, i + 8 * (i % 4));
     test(2100, 20, 18, i + 8 * (i % 4));
   }
   Random random;

@@ -3,10 +3,13 @@
 // by side; what lies otherwise, is masked or narrow is packed into panels (pack.inl.h) first. The
 // sum over k runs in blocks of the same depth, each in order, whatever the part: same bits always.
 
-constexpr int64_t kDepth = 512;                 // at most: a longer sum makes fewer passes over C
-constexpr int64_t kBlockRows = 12 * kTileRows;  // a block of A and a block of B share L2
-constexpr int64_t kBlockCols = 16 * kTileCols;
-constexpr int64_t kSums = 1 << 18;  // floats that are still to be rounded
+constexpr int64_t kDepth = 512;  // at most: a longer sum makes fewer passes over C
+// A block of A stays in L2. Its panels are whole vectors wide, since stores of parts are slow.
+constexpr int64_t kBlockTiles = 12, kPanelRows = round_up(kTileRows);
+constexpr int64_t kBlockRows = kBlockTiles * kPanelRows;
+constexpr int64_t kBlockCols = 512;             // of B: as many meet an element of A that is packed
+constexpr int64_t kShortCols = 16 * kTileCols;  // for short sums: B stays in L1
+constexpr int64_t kSums = 1 << 18;              // floats that are still to be rounded
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth + kSums;
 
 // Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
@@ -91,31 +94,70 @@ static void widen_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, i
   });
 }
 
+// Whether tiles read an operand where it lies, if they do so for so many columns or rows of the
+// other: for few, and where its lines follow each other. The tiles of AVX-512 take two lines of
+// memory of each row of B and most of one of A's columns, which is as fast as to pack them
+// (measured on Zen 5), but where the rows are a large power of two apart and fall into the same few
+// sets of a cache. Smaller tiles bear less.
+constexpr int64_t kFew = 4;  // tiles
+constexpr bool kWholeLines = kTileCols >= 32;
+static bool falls(int64_t pitch) { return pitch % (kWholeLines ? 4096 : 512) == 0; }
+static bool a_lies(const Matrix& a, const GemmOutput& out, int64_t cols) {
+  if (a.dtype != DType::kFloat32 || a.relu_y) return false;
+  if (a.row != 1) return a.col == 1 && !out.row_sums;
+  return least(cols, a.col) <= kFew * kTileCols || (kWholeLines && !falls(a.col));
+}
+static bool b_lies(const Matrix& b, int64_t rows) {
+  if (b.dtype != DType::kFloat32 || b.relu_y || b.row != 1) return false;
+  return rows <= kFew * kTileRows || b.col <= kFew * kTileCols ||
+         (!falls(b.col) && (kWholeLines || rows <= kBlockTiles * kTileRows));
+}
+
+// The size of the parts of C for so many threads, a fraction where products share them: a few for
+// each, for one that is held up. Along M where B is not packed, and where sums are short, which is
+// mostly writing: a thread that writes whole rows took a third of the time. Else along N, as far as
+// no part packs an element of A that another would pack anyway, and then along M.
+static GemmSize gemm_part_size(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
+                               const GemmOutput& out, double threads) {
+  constexpr int64_t kPartsPerThread = 4, kPartTiles = 4, kShort = 64;
+  const int64_t rows = most(ceil_div(M, kTileRows), 1), cols = most(ceil_div(N, kTileCols), 1);
+  const bool by_rows = K <= kShort || b_lies(b, M), a_is_read = a_lies(a, out, N);
+  const int64_t tiles = by_rows ? rows : rows * cols / kPartTiles;
+  const int64_t fewest = most(static_cast<int64_t>(threads + 0.5), 1);
+  const int64_t parts =
+      most(least(static_cast<int64_t>(kPartsPerThread * threads), tiles / kPartTiles), fewest);
+  const int64_t free_n = most(a_is_read ? cols / kPartTiles : ceil_div(N, kBlockCols), 1);
+  const int64_t enough = a_is_read ? 48 : 8;  // rows of tiles, for which B is packed once more
+  const int64_t parts_m = least(
+      by_rows ? parts : most(least(parts / free_n, rows / enough), ceil_div(fewest, cols)), rows);
+  const int64_t parts_n = least(parts / parts_m, cols);
+  return {most(ceil_div(M, parts_m), 1), ceil_div(cols, parts_n) * kTileCols};
+}
+
 // Into float32.
 static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                       const GemmPart& part, float* scratch) {
-  const bool a_along = a.row == 1 || (a.col == 1 && !out.row_sums);
-  const bool a_narrow = a.dtype != DType::kFloat32, a_lies = a_along && !a_narrow && !a.relu_y;
-  // Where B's rows are a large power of two apart, all fall into the same few sets of a cache.
-  // Tiles that take two lines of each row bear that better (measured on Zen 5).
-  const bool b_falls = b.col % (kTileCols < 32 ? 1024 : 4096) == 0;
-  const bool b_lies = b.dtype == DType::kFloat32 && !b.relu_y && b.row == 1 &&
-                      (!b_falls || part.m1 - part.m0 <= 4 * kTileRows);
+  // Rows or columns that are narrow are widened where they are from each other.
+  const bool widen = a.dtype != DType::kFloat32 && (a.row == 1 || (a.col == 1 && !out.row_sums));
+  const bool a_is_read = a_lies(a, out, part.n1 - part.n0);
+  const bool b_is_read = b_lies(b, part.m1 - part.m0);
   const float* const a_data = static_cast<const float*>(a.data);
   const float* const b_data = static_cast<const float*>(b.data);
   float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
   // Tiles of even height, depth alike: 15 rows are 8 and 7, not 14 and 1.
   const int64_t M = part.m1 - part.m0;
   const int64_t tile_rows = M > 0 ? ceil_div(M, ceil_div(M, kTileRows)) : 1;
-  const int64_t block_rows = kBlockRows / kTileRows * tile_rows;
-  const int64_t block_cols = b_lies ? part.n1 - part.n0 : kBlockCols;
+  const int64_t block_rows = kBlockTiles * tile_rows;
   const int64_t block_depth = K > 0 ? ceil_div(ceil_div(K, ceil_div(K, kDepth)), 16) * 16 : 0;
+  const int64_t block_cols = b_is_read           ? part.n1 - part.n0
+                             : block_depth <= 32 ? kShortCols
+                                                 : kBlockCols;
 
   int64_t n = part.n0;
   do {  // once at least: an empty C may still want row_sums
     const int64_t cols = least(part.n1 - n, block_cols);
     // Tiles read whole vectors, so the last columns of B are packed even where it lies right.
-    const int64_t whole = b_lies ? cols / kTileCols * kTileCols : 0;
+    const int64_t whole = b_is_read ? cols / kTileCols * kTileCols : 0;
     int64_t k = 0;
     do {  // once at least: an empty sum still has its bias
       const int64_t depth = least(K - k, block_depth);
@@ -123,14 +165,13 @@ static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
       pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
       for (int64_t m = part.m0; m < part.m1; m += block_rows) {
         const int64_t rows = least(part.m1 - m, block_rows);
-        const bool widen = a_along && a_narrow;
         if (widen)
           widen_block(a, m, rows, k, depth, a_block);
-        else if (!a_lies)
-          pack_block<kTileRows>(a, m, rows, tile_rows, k, depth, a_block);
+        else if (!a_is_read)
+          pack_block<kPanelRows>(a, m, rows, tile_rows, k, depth, a_block);
         const auto a_view = [&](int64_t i) -> View {
-          if (a_lies) return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
-          if (!widen) return {a_block + i / tile_rows * kTileRows * depth, 1, kTileRows};
+          if (a_is_read) return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
+          if (!widen) return {a_block + i / tile_rows * kPanelRows * depth, 1, kPanelRows};
           if (a.row == 1) return {a_block + i, 1, rows};
           return {a_block + i * depth, depth, 1};
         };

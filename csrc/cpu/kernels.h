@@ -37,6 +37,9 @@ struct GemmOutput {
 struct GemmPart {
   int64_t m0, m1, n0, n1;
 };
+struct GemmSize {
+  int64_t m, n;
+};
 
 // ---- convolution ---------------------------------------------------------------------------
 
@@ -189,13 +192,14 @@ struct CrossEntropy {
 struct Kernels {
   const char* isa;
 
-  // The register tile (a part that is no multiple of it wastes lanes) and the floats of scratch,
-  // 64-byte aligned, that every function of the GEMM family needs.
-  int64_t gemm_tile_rows, gemm_tile_cols, gemm_scratch;
-
-  // C[m, n] = sum_k a[m, k] * b[n, k]
+  // C[m, n] = sum_k a[m, k] * b[n, k], with gemm_scratch floats, 64-byte aligned.
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                const GemmPart& part, float* scratch);
+  int64_t gemm_scratch;
+
+  // The size of its parts (M, N) for so many threads, which may be a share of one.
+  GemmSize (*gemm_part_size)(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
+                             const GemmOutput& out, double threads);
 
   // The same where both operands have col = 1, without masks and row_sums, all of one dtype, and
   // nothing is packed: for a few rows of either, where the sum is long.

@@ -36,10 +36,9 @@ namespace {
 #define STRING(x) STRING_(x)
 constinit const Kernels ISA = {
     .isa = STRING(ISA),
-    .gemm_tile_rows = kTileRows,
-    .gemm_tile_cols = kTileCols,
-    .gemm_scratch = kGemmScratch,
     .gemm = gemm,
+    .gemm_scratch = kGemmScratch,
+    .gemm_part_size = gemm_part_size,
     .gemm_dot = gemm_dot,
     .conv2d = kConv2d,
     .depthwise = kDepthwise,

@@ -64,7 +64,7 @@ static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
   }
 }
 
-// Tiles of at most Vec::kWidth sums, so that their number suits one transposition.
+// Tiles of as many sums as registers hold and transpositions suit.
 template <class T>
 static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
                 const GemmPart& part) {
@@ -75,7 +75,8 @@ static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& o
     if (ceil_div(N, 5) * 5 < ceil_div(N, 4) * 4) return dot_tiles<T, 3, 5>(a, b, K, out, part);
     return dot_tiles<T, 4, 4>(a, b, K, out, part);
   } else {
-    return dot_tiles<T, 2, 4>(a, b, K, out, part);
+    if (M == 2 || Vec::kWidth == 4) return dot_tiles<T, 2, 4>(a, b, K, out, part);
+    return dot_tiles<T, 4, 3>(a, b, K, out, part);
   }
 }
 

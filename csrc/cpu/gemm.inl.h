@@ -122,7 +122,7 @@ static GemmSize gemm_part_size(const Matrix& a, const Matrix& b, int64_t M, int6
   constexpr int64_t kPartsPerThread = 4, kPartTiles = 4, kShort = 64;
   const int64_t rows = most(ceil_div(M, kTileRows), 1), cols = most(ceil_div(N, kTileCols), 1);
   const bool by_rows = K <= kShort || b_lies(b, M), a_is_read = a_lies(a, out, N);
-  const int64_t tiles = by_rows ? rows : rows * cols / kPartTiles;
+  const int64_t tiles = by_rows ? rows : most(cols, rows * cols / kPartTiles);
   const int64_t fewest = most(static_cast<int64_t>(threads + 0.5), 1);
   const int64_t parts =
       most(least(static_cast<int64_t>(kPartsPerThread * threads), tiles / kPartTiles), fewest);

@@ -25,7 +25,22 @@ struct Vec {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  // Four, two and one at a time: a masked store takes AMD's processors four times as long.
+  void store(float* p, int64_t n) const {
+    __m128 part = _mm256_castps256_ps128(v);
+    if (n == kWidth) return store(p);
+    if (n & 4) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, part);
+  }
   static Vec load(const BFloat16* p, int64_t n = kWidth) {
     const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(&p->bits, n)), 16);
     return {_mm256_castsi256_ps(bits)};

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import build_kernels
 
 # -g0 undoes the -g that Python was built with: a third of the compile time, most of the file.
-# Loops of tiles that begin a line of the instruction cache: GEMM takes 0.95 of the time where another
-# process shares the core (benchmarks/NOTES.md).
+# Loops begin a line of the instruction cache: GEMM takes 0.95 of the time where another process
+# shares the core (benchmarks/NOTES.md).
 FLAGS = ["-std=c++20", "-O3", "-falign-loops=64", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 

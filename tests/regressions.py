@@ -53,6 +53,21 @@ REGRESSIONS = [
             "precision": "ieee",
         },
     ),
+    # A dilation of 0, which PyTorch takes where there is no image.
+    *(
+        (
+            "conv2d",
+            {
+                "op": op,
+                "x": ([0, 1, 2, 2], DENSE),
+                "w": ([1, 1, 1, 1], DENSE),
+                "b": None,
+                "options": {"stride": 1, "padding": 0, "dilation": 0, "groups": 1},
+                "precision": "ieee",
+            },
+        )
+        for op in ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d")
+    ),
     # Windows of padding alone, which PyTorch takes where there is no image.
     (
         "max_pool2d",

@@ -189,8 +189,9 @@ using Conv2dBackward = Grads(const Tensor& grad_y, const Tensor& input, const Te
 Tensor by_torch(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                 SymIntArrayRef stride, SymIntArrayRef p, SymIntArrayRef dilation, SymInt groups) {
   TORCH_CHECK(p.size() == 4, "conv2d: padding must be (top, bottom, left, right), got ", p);
-  // PyTorch's own arithmetic overflows beyond what these allow.
-  pair(kStride, stride), pair(kDilation, dilation);
+  // PyTorch's own arithmetic overflows beyond what these allow. A dilation of 0 is PyTorch's to
+  // refuse: it does not where there is nothing to compute.
+  pair(kStride, stride), pair({"dilation", 0, kDilation.rule}, dilation);
   pair(kPadding, p.slice(0, 2)), pair(kPadding, p.slice(2, 2));
   if (p[0] == p[1] && p[2] == p[3])
     return at::conv2d_symint(input, weight, bias, stride, std::array{p[0], p[2]}, dilation, groups);

@@ -8,7 +8,7 @@ constexpr int64_t kDepth = 512;  // at most: a longer sum makes fewer passes ove
 constexpr int64_t kBlockTiles = 12, kPanelRows = round_up(kTileRows);
 constexpr int64_t kBlockRows = kBlockTiles * kPanelRows;
 constexpr int64_t kBlockCols = 512;             // of B: as many meet an element of A that is packed
-constexpr int64_t kShortCols = 16 * kTileCols;  // for short sums: B stays in L1
+constexpr int64_t kShortCols = 16 * kTileCols;  // where sums are so short that B stays in L1
 constexpr int64_t kSums = 1 << 18;              // floats that are still to be rounded
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth + kSums;
 
@@ -149,9 +149,8 @@ static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
   const int64_t tile_rows = M > 0 ? ceil_div(M, ceil_div(M, kTileRows)) : 1;
   const int64_t block_rows = kBlockTiles * tile_rows;
   const int64_t block_depth = K > 0 ? ceil_div(ceil_div(K, ceil_div(K, kDepth)), 16) * 16 : 0;
-  const int64_t block_cols = b_is_read           ? part.n1 - part.n0
-                             : block_depth <= 32 ? kShortCols
-                                                 : kBlockCols;
+  const bool is_short = block_depth * kShortCols <= kDepth * kTileCols;
+  const int64_t block_cols = b_is_read ? part.n1 - part.n0 : is_short ? kShortCols : kBlockCols;
 
   int64_t n = part.n0;
   do {  // once at least: an empty C may still want row_sums

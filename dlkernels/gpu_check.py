@@ -71,7 +71,7 @@ def main():
     else:
         print("compute-sanitizer: skipped, it is not on PATH")
     times = ROOT / "build" / "gpu" / "times.json"
-    command = [sys.executable, "-m", "dlkernels.benchmarks.cuda", str(times)]
+    command = [sys.executable, "-m", "dlkernels.benchmarks.gpu", str(times)]
     bench = Part("benchmark", command, 240)
     passed = bench.passed() and passed
     print(bench.log.read_text())

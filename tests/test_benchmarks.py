@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,13 @@ def test_bench(tmp_path, capsys):
     text = files["README.md"].read_text()
     assert text.startswith(f"before\n{report.BEGIN}") and text.endswith(f"{report.END}after\n")
     assert "old" not in text and "](b.svg)" in text and "| cross_entropy | 128x1000 |" in text
+
+
+# As `make bench` does. One of our modules was named as a package that torch imports: `cuda`.
+def test_bench_runs_beside_its_modules():
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    command = [sys.executable, "-m", "dlkernels", "bench", "--help"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The ops and whole steps on a GPU: ``python -m dlkernels.benchmarks.cuda FILE.json``.
+"""The ops and whole steps on a GPU: ``python -m dlkernels.benchmarks.gpu FILE.json``.
 
 Times are those of CUDA events around a step, with the L2 cache flushed before it. Providers take
 turns; a ratio is the median of the rounds' ratios. "graphed" steps are replays of a CUDA graph, for

@@ -36,6 +36,18 @@ def against(result, peer, ours):
     return ratio(p[peer]["seconds"], p[ours]["seconds"])
 
 
+def against_torch(result, ours, text):
+    """The ratio to PyTorch as installed, as text; none where that failed."""
+    both = {"torch", ours} <= result["providers"].keys()
+    return text(against(result, "torch", ours)[1]) if both else ""
+
+
+def is_compared(result):
+    """Whether we and a peer got through: the others are listed as failed."""
+    ours = [is_ours(name) for name in result["providers"]]
+    return any(ours) and not all(ours)
+
+
 def layout(ours):
     return "channels_last" if "channels_last" in ours else ""
 
@@ -90,7 +102,7 @@ def main_table(results):
                     time_text(seconds),
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
-                    ratio_text(against(result, "torch", ours)[1]),
+                    against_torch(result, ours, ratio_text),
                     f"{percent_text(least / seconds)} {roof}",
                     " / ".join(errors),
                 ]
@@ -125,7 +137,7 @@ def step_table(results):
                 f"{ours}, {times[0]}",
                 f"{peer}, {times[1]}",
                 f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
-                f"{against(result, 'torch', 'dlkernels')[1]:.2f}",  # both as installed
+                against_torch(result, "dlkernels", "{:.2f}".format),  # as installed, too
                 " / ".join(errors),
             ]
         )
@@ -150,6 +162,8 @@ def all_steps_table(results):
 
 def tables(results):
     """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    all_steps = [r for r in results if r["op"] == "step"]
+    results = list(filter(is_compared, results))
     steps = [r for r in results if r["op"] == "step"]
     results = [r for r in results if r["op"] != "step"]
     forward = [r for r in results if r["mode"] == "forward"]
@@ -166,7 +180,7 @@ def tables(results):
         ),
         "Whole training steps: the best peer's time / ours": step_table(steps),
         "Time and peak memory of all; tuned: after dlkernels.tune_allocator()": all_steps_table(
-            steps
+            all_steps
         ),
     }
     return {title: table for title, table in found.items() if table[1]}
@@ -265,6 +279,7 @@ MARKS = {"": "o", "channels_last": "s"}
 
 def plot(path, machine, results):
     """A row a case: the best peer's time over ours, on a log axis with a line at 1."""
+    results = list(filter(is_compared, results))
     shown = [r for r in results if not r["small"] and r["mode"] != "forward"] or results
     figure = Figure(figsize=(9, 1.6 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()

@@ -40,9 +40,11 @@ class Worker:
     """A process that times the steps of one provider: see worker.py."""
 
     def __init__(self, *arguments):
+        # The modules of this process, whatever the working directory holds: the source tree, say.
+        run = f"import sys; sys.path = {sys.path}; from dlkernels.benchmarks import worker"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dlkernels.benchmarks.worker", *map(str, arguments)],
+            [sys.executable, "-c", f"{run}; worker.main(*{arguments})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -1,7 +1,5 @@
 """One provider's training step, in a process of its own that steps.py starts and asks.
 
-    python -m dlkernels.benchmarks.worker MODEL BATCH PROVIDER
-
 It says "ready" when all is imported, and then answers each line on its standard input: the first,
 when it has warmed up, with the losses of its first steps and its peak memory, and all others with
 the seconds a step.
@@ -49,7 +47,7 @@ def main(model, batch_size, provider):
     sys.stdin.readline()
 
     before = memory("RssAnon")
-    step = models.build(provider, models.MODELS[model], int(batch_size))
+    step = models.build(provider, models.MODELS[model], batch_size)
 
     def steps(n):
         for _ in range(n):
@@ -68,7 +66,3 @@ def main(model, batch_size, provider):
         n = math.ceil(TURN / seconds)
         seconds = batch(partial(steps, n), n * seconds) / n
         print(seconds, file=answers)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,5 +1,7 @@
 """Whole steps: every provider trains the same model, and processes of theirs are timed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ def test_every_provider_trains_the_same_model(ieee, name, provider):
     assert exact[-1] < exact[0]
 
 
-def test_processes_are_timed(capsys):
+def test_processes_are_timed(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)  # whose dlkernels is not built
     names = ["torch", "nonsense", "dlkernels"]
     result = steps.run("mlp", 32, names, busy=True, quick=True, machine=None)
     assert list(result["providers"]) == ["torch", "dlkernels"]
@@ -37,6 +40,15 @@ def test_processes_are_timed(capsys):
     assert "failed" in capsys.readouterr().out
     text = report.markdown_table(*report.all_steps_table([result]))
     assert "| a step takes | MLP 784-256-10, batch 32, a core busy |" in text
+
+
+def test_results_without_us_or_peers_are_shown_as_failed(capsys):
+    result = steps.run("mlp", 32, ["torch", "nonsense"], busy=False, quick=True, machine=None)
+    report.show([result])
+    assert "failed: nonsense, MLP 784-256-10, batch 32: KeyError" in capsys.readouterr().out
+    assert list(report.tables([result])) == [
+        "Time and peak memory of all; tuned: after dlkernels.tune_allocator()"
+    ]
 
 
 def test_jobs():

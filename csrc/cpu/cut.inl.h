@@ -30,6 +30,10 @@ struct Span {
   int64_t output_step() const { return apart ? 1 : axis.stride; }
 
   Taps taps(int64_t output) const {
+    if (axis.up == 1) {  // all of them, and no division: it is asked for every row
+      if (apart) return {0, 1, axis.taps, output - o, run};
+      return {0, 1, axis.taps, (output - o) * axis.stride, axis.dilation};
+    }
     int64_t gcd = axis.up;
     for (int64_t rest = axis.dilation; rest;) {
       const int64_t next = gcd % rest;

@@ -12,13 +12,14 @@ struct DepthwiseCut {
   int64_t row_pitch, g, rows, temp, biases, floats;
 
   explicit DepthwiseCut(const Conv2d& v) : c(v.x.C / v.groups), k(v.K / v.groups), cut(panel(v)) {
-    // In channels_last as many as L2 holds: short runs of memory are slow (32 channels of 960 at a
-    // time, instead of 64, took 2 to 3 times as long).
-    constexpr int64_t kFloats = 1 << 16;
+    // In channels_last as many as L2 holds, and kRun of a pixel's channels if it has them: short runs
+    // of memory are slow.
+    constexpr int64_t kFloats = 1 << 16, kRun = 512;
     g_floats = cut.rows * cut.cols * k * kTileCols;
     const int64_t panels = ceil_div(v.groups, kTileCols);
-    const int64_t fit = v.x.sc == 1 ? kFloats / (cut.x_floats + g_floats) : 1;
-    const int64_t together = least(panels, most(1, fit));
+    const int64_t fit = most(kFloats / (cut.x_floats + g_floats), kRun / (c * kTileCols));
+    const int64_t chunks = ceil_div(panels, v.x.sc == 1 ? most(fit, 1) : 1);
+    const int64_t together = ceil_div(panels, chunks);  // evenly
     chunk = together * kTileCols;
     row_pitch = k * chunk;
     g = together * cut.x_floats;

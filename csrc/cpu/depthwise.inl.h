@@ -12,7 +12,7 @@ struct DepthwiseCut {
   int64_t row_pitch, g, rows, temp, biases, floats;
 
   explicit DepthwiseCut(const Conv2d& v) : c(v.x.C / v.groups), k(v.K / v.groups), cut(panel(v)) {
-    // In channels_last as many as L2 holds, and kRun of a pixel's channels if it has them: short
+    // In channels_last as many as L2 holds, but no fewer than kRun of a pixel's channels: short
     // runs of memory are slow.
     constexpr int64_t kFloats = 1 << 16, kRun = 512;
     g_floats = cut.rows * cut.cols * k * kTileCols;

@@ -6,6 +6,8 @@ devices, tensor subclasses, autocast, ``torch.func``, double backward) runs on P
 :func:`dlkernels.stats` counts both.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,29 @@ from torch.optim.adam import adam
 
 from . import _C, _state
 
-_ops = torch.ops.dlkernels
+_direct = SimpleNamespace(
+    **{
+        op: _C.direct(getattr(torch.ops.dlkernels, op).default)
+        for op in (
+            "linear",
+            "linear_relu",
+            "mlp",
+            "relu",
+            "conv2d",
+            "conv2d_relu",
+            "conv2d_relu_max_pool2d",
+            "max_pool2d",
+            "max_pool2d_with_indices",
+            "cross_entropy",
+        )
+    }
+)
+
+
+def _ops():
+    """Our ops, without the detour of torch.ops except where torch.compile must see them."""
+    return torch.ops.dlkernels if torch.compiler.is_compiling() else _direct
+
 
 # Exact types: a subclass may mean anything by an op, so PyTorch's own dispatch decides about it.
 _PLAIN = {Tensor, Parameter}
@@ -44,15 +68,12 @@ def _is_int(x):
     return type(x) in _INT and -(2**63) <= x < 2**63
 
 
-def _are_ints(x):
-    """One int, or one or two of them: how PyTorch takes sizes in two dimensions."""
-    if isinstance(x, tuple | list):
-        return len(x) in (1, 2) and all(map(_is_int, x))
-    return _is_int(x)
-
-
 def _pair(x):
-    return (x, x) if type(x) in _INT else (x[0], x[-1])
+    """(h, w) of what PyTorch takes in two dimensions: an int, or one or two of them. Else None."""
+    if not isinstance(x, (tuple, list)):
+        return (x, x) if _is_int(x) else None
+    is_pair = len(x) in (1, 2) and _is_int(x[0]) and _is_int(x[-1])
+    return (x[0], x[-1]) if is_pair else None
 
 
 def _pool_stride(stride, kernel_size):
@@ -80,14 +101,14 @@ def linear(input, weight, bias=None, *, out=None):
     if out is not None:
         return _torch("linear", F.linear, input, weight, bias, out=out)
     if _ours(input, weight, weight if bias is None else bias):
-        return _ops.linear.default(input, weight, bias)
+        return _ops().linear(input, weight, bias)
     return _torch("linear", F.linear, input, weight, bias)
 
 
 def linear_relu(input, weight, bias=None):
     """``relu(linear(input, weight, bias))`` in one pass, both ways: see :func:`linear`."""
     if _ours(input, weight, weight if bias is None else bias):
-        return _ops.linear_relu.default(input, weight, bias)
+        return _ops().linear_relu(input, weight, bias)
     return _torch("linear_relu", _linear_relu_torch, input, weight, bias)
 
 
@@ -110,7 +131,7 @@ def mlp(input, weights, biases=None):
     """
     weights, biases = list(weights), [] if biases is None else list(biases)
     if _ours(input, *weights, *biases):
-        return _ops.mlp.default(input, weights, biases)
+        return _ops().mlp(input, weights, biases)
     return _torch("mlp", _mlp_torch, input, weights, biases)
 
 
@@ -137,7 +158,7 @@ def relu(input, inplace=False):
         inplace: overwrite ``input``; PyTorch's own op does that, already in a single pass
     """
     if not inplace and _ours(input):
-        return _ops.relu.default(input)
+        return _ops().relu(input)
     return _torch("relu", F.relu, input, inplace)
 
 
@@ -160,7 +181,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """
     sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
-        return _ops.conv2d.default(input, weight, bias, *sizes)
+        return _ops().conv2d(input, weight, bias, *sizes)
     return _torch("conv2d", F.conv2d, input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -169,7 +190,7 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     args = (input, weight, bias, stride, padding, dilation, groups)
     sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
-        return _ops.conv2d_relu.default(input, weight, bias, *sizes)
+        return _ops().conv2d_relu(input, weight, bias, *sizes)
     return _torch("conv2d_relu", lambda *a: F.relu(F.conv2d(*a)), *args)
 
 
@@ -182,25 +203,26 @@ def _conv2d_sizes(weight, stride, padding, dilation, groups, bias=None):
     """(stride, (top, bottom, left, right), dilation, groups), or None: PyTorch is to judge them."""
     if isinstance(padding, str) and _differ(weight, bias):
         return None
-    if not (_are_ints(stride) and _are_ints(dilation) and _is_int(groups)):
-        return None
     stride, dilation = _pair(stride), _pair(dilation)
+    if stride is None or dilation is None or not _is_int(groups):
+        return None
     if isinstance(padding, str) and padding == "valid":
         edges = (0, 0, 0, 0)
     elif isinstance(padding, str) and padding == "same":
         if not isinstance(weight, Tensor) or weight.dim() != 4 or stride != (1, 1):
             return None
-        if not _are_ints(weight.shape[2:]):  # tensors, where torch.jit.trace looks on
+        if _pair(weight.shape[2:]) is None:  # tensors, where torch.jit.trace looks on
             return None
         edges = []
         for size, step in zip(weight.shape[2:], dilation):
             total = step * (size - 1)
             edges += [total // 2, total - total // 2]
-    elif _are_ints(padding):
-        h, w = _pair(padding)
-        edges = (h, h, w, w)
     else:
-        return None
+        padding = _pair(padding)
+        if padding is None:
+            return None
+        h, w = padding
+        edges = (h, h, w, w)
     return stride, edges, dilation, groups
 
 
@@ -231,10 +253,10 @@ def max_pool2d(
         TypeError: where an argument is of another type.
     """
     stride = _pool_stride(stride, kernel_size)
-    window = kernel_size, stride, padding, dilation
-    if all(map(_are_ints, window)) and type(ceil_mode) is bool and _ours(input):
-        op = _ops.max_pool2d_with_indices if return_indices else _ops.max_pool2d
-        return op.default(input, *map(_pair, window), ceil_mode)
+    window = [_pair(x) for x in (kernel_size, stride, padding, dilation)]
+    if None not in window and type(ceil_mode) is bool and _ours(input):
+        op = _ops().max_pool2d_with_indices if return_indices else _ops().max_pool2d
+        return op(input, *window, ceil_mode)
     args = input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     return _torch("max_pool2d", F.max_pool2d, *args)
 
@@ -273,17 +295,15 @@ def conv2d_relu_max_pool2d(
         return max_pool2d(conv2d_relu(*conv), *pool)
     sizes = _conv2d_sizes(weight, stride, padding, dilation, groups, bias)
     if sizes and _ours(input, weight, weight if bias is None else bias):
-        return _ops.conv2d_relu_max_pool2d.default(input, weight, bias, *sizes)
+        return _ops().conv2d_relu_max_pool2d(input, weight, bias, *sizes)
     return _torch("conv2d_relu_max_pool2d", lambda: F.max_pool2d(F.relu(F.conv2d(*conv)), *pool))
 
 
 def _are_2x2(kernel_size, stride, padding, dilation, ceil_mode):
     """Whether these windows are 2x2 and lie side by side."""
     stride = _pool_stride(stride, kernel_size)
-    if ceil_mode is not False or not all(map(_are_ints, (kernel_size, stride, padding, dilation))):
-        return False
-    window = map(_pair, (kernel_size, stride, padding, dilation))
-    return [*window] == [(2, 2), (2, 2), (0, 0), (1, 1)]
+    window = [_pair(x) for x in (kernel_size, stride, padding, dilation)]
+    return ceil_mode is False and window == [(2, 2), (2, 2), (0, 0), (1, 1)]
 
 
 def adam_(
@@ -329,7 +349,8 @@ def adam_(
     }
     scalars = [t for t in (grad_scale, found_inf) if t is not None]
     if _ours(*params, *grads, *exp_avgs, *exp_avg_sqs, *state_steps, *scalars):
-        return _ops.adam_.default(params, grads, exp_avgs, exp_avg_sqs, state_steps, **kwargs)
+        lists = params, grads, exp_avgs, exp_avg_sqs, state_steps
+        return torch.ops.dlkernels.adam_(*lists, **kwargs)
     lists = params, grads, exp_avgs, exp_avg_sqs, [], state_steps
     return _torch("adam_", adam, *lists, amsgrad=False, fused=bool(scalars), **kwargs)
 
@@ -374,6 +395,6 @@ def cross_entropy(
         and _ours(input, target, target if weight is None else weight)
     ):
         args = input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
-        return _ops.cross_entropy.default(*args)
+        return _ops().cross_entropy(*args)
     args = input, target, weight, None, ignore_index, None, reduction, label_smoothing
     return _torch("cross_entropy", F.cross_entropy, *args)

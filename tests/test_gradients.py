@@ -1,9 +1,13 @@
 """What a backward pass keeps, and which gradients it takes: as PyTorch's, for every op."""
 
+import re
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 
 import dlkernels
 import dlkernels.functional as ours
@@ -53,6 +57,52 @@ def test_negative_views_as_gradients(op):
         return torch.autograd.grad(y, x, torch._neg_view(torch.ones_like(grad_y)))[0]
 
     torch.testing.assert_close(*both(op, gradient))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return None
+
+
+@every
+def test_no_gradient(op):
+    """From the function that comes next."""
+
+    def gradient(y, x, grad_y):
+        NoGradient.apply(y).backward(grad_y)
+        return x.grad
+
+    assert both(op, gradient) == [None, None]
+
+
+@every
+def test_compiled_autograd(op):
+    def gradient(y, x, grad_y):
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            y.backward(grad_y)
+        return x.grad
+
+    torch.testing.assert_close(*both(op, gradient))
+
+
+@every
+def test_nodes(op):
+    created = []
+    hook = getattr(torch.autograd.graph, "node_creation_hook", None)  # since torch 2.14
+
+    def names(y, x, grad_y):
+        return y.grad_fn.name(), y.grad_fn.next_functions[0][0].name()
+
+    with hook(lambda node: created.append(node.name())) if hook else nullcontext():
+        (name, follows), _ = both(op, names)
+    assert re.fullmatch(r"\w+Backward", name)
+    assert follows == "torch::autograd::AccumulateGrad"
+    assert not hook or created.count(name) == 1
 
 
 @every

@@ -319,13 +319,22 @@ Grads conv2d_backward_cuda(const Tensor& grad_y, const Tensor& input, const Tens
 // ---- gradient -----------------------------------------------------------------------------
 
 template <bool kRelu>
-struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
+Tensor conv2d_below_autograd(const Tensor& input, const Tensor& weight,
+                             const optional<Tensor>& bias, SymIntArrayRef stride,
+                             SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+  static const BelowAutograd<Conv2d> op(kRelu ? "dlkernels::conv2d_relu" : "dlkernels::conv2d");
+  return op(input, weight, bias, stride, padding, dilation, groups);
+}
+
+template <bool kRelu>
+struct Conv2dFunction : Function<Conv2dFunction<kRelu>> {
+  static constexpr const char* kNode = kRelu ? "Conv2dReLUBackward" : "Conv2dBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
                         SymIntArrayRef dilation, SymInt groups) {
-    static const auto op = find_op<Conv2d>(kRelu ? "dlkernels::conv2d_relu" : "dlkernels::conv2d");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y = op.call(input, weight, bias, stride, padding, dilation, groups);
+    const Tensor y =
+        conv2d_below_autograd<kRelu>(input, weight, bias, stride, padding, dilation, groups);
     ctx->save_for_backward({input, weight, kRelu ? y : Tensor()});
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
@@ -336,7 +345,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<Conv2dBackward>("dlkernels::conv2d_backward");
+    static const BelowAutograd<Conv2dBackward> op("dlkernels::conv2d_backward");
     const auto saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1], &y = saved[2];
     const auto stride = ctx->saved_data["stride"].toSymIntVector();
@@ -356,9 +365,9 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction<kRelu>> {
       if (grad_bias) out[2] = batched(g).sum({0, 2, 3});
       return out;
     }
-    auto [gx, gw, gb] = op.call(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt,
-                                stride, padding, dilation, groups,
-                                {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
+    auto [gx, gw, gb] =
+        op(grads[0], input, weight, kRelu ? optional<Tensor>(y) : std::nullopt, stride, padding,
+           dilation, groups, {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
     return {gx, gw, gb, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -369,7 +378,9 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const optional
                        SymInt groups) {
   if (!ours<kRelu>(input, weight, bias, stride, padding, dilation))
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
-  return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
+  if (any_requires_grad(input, weight, bias))
+    return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
+  return conv2d_below_autograd<kRelu>(input, weight, bias, stride, padding, dilation, groups);
 }
 
 const bool torch_paths =

@@ -64,9 +64,9 @@ Result called(const Tensor& input, const Tensor& weight, const optional<Tensor>&
 }
 
 template <class Result>
-Result call(const c10::TypedOperatorHandle<Op<Result>>& op, const Args& args, const Tensor& input,
+Result call(const BelowAutograd<Op<Result>>& op, const Args& args, const Tensor& input,
             const Tensor& weight, const optional<Tensor>& bias) {
-  return op.call(input, weight, bias, args.stride, args.padding, args.dilation, args.groups);
+  return op(input, weight, bias, args.stride, args.padding, args.dilation, args.groups);
 }
 
 // ---- the two ops that this is one of --------------------------------------------------------
@@ -241,11 +241,12 @@ Grads conv2d_relu_max_pool2d_backward_cuda(const Tensor& grad_y, const Tensor& a
 
 // ---- gradient -----------------------------------------------------------------------------
 
-struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool2dFunction> {
+struct Conv2dReLUMaxPool2dFunction : Function<Conv2dReLUMaxPool2dFunction> {
+  static constexpr const char* kNode = "Conv2dReLUMaxPool2dBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias, const Args& args) {
-    static const auto op = find_op<Op<Two>>("dlkernels::conv2d_relu_max_pool2d_forward");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const BelowAutograd<Op<Two>> op("dlkernels::conv2d_relu_max_pool2d_forward");
     const auto [y, argmax] = call(op, args, input, weight, bias);
     ctx->save_for_backward({input, weight, argmax});
     ctx->saved_data["stride"] = args.stride;
@@ -257,7 +258,7 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<BackwardOp>("dlkernels::conv2d_relu_max_pool2d_backward");
+    static const BelowAutograd<BackwardOp> op("dlkernels::conv2d_relu_max_pool2d_backward");
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad_y = grads[0], &input = saved[0], &weight = saved[1], &argmax = saved[2];
     const auto stride = ctx->saved_data["stride"].toSymIntVector();
@@ -269,9 +270,8 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
                grad_bias = bias && ctx->needs_input_grad(2);
     if (is_differentiated(grad_y, backward_stats))
       return differentiable(args, grad_y, argmax, input, weight, bias, grad_bias);
-    auto [gx, gw, gb] =
-        op.call(grad_y, argmax, input, weight, stride, padding, dilation, args.groups,
-                {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
+    auto [gx, gw, gb] = op(grad_y, argmax, input, weight, stride, padding, dilation, args.groups,
+                           {ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad_bias});
     return {gx, gw, gb, Tensor()};
   }
 
@@ -280,11 +280,10 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
   static variable_list differentiable(const Args& args, const Tensor& grad_y, const Tensor& argmax,
                                       const Tensor& input, const Tensor& weight, bool bias,
                                       bool grad_bias) {
-    static const auto indices_op =
-        find_op<Tensor(const Tensor&, SymIntArrayRef, at::IntArrayRef, bool)>(
-            "dlkernels::max_pool2d_indices");
+    static const BelowAutograd<Tensor(const Tensor&, SymIntArrayRef, at::IntArrayRef, bool)>
+        indices_op("dlkernels::max_pool2d_indices");
     const Tensor indices =
-        indices_op.call(argmax, plane(args, input, weight), pooling().window, /*ceil_mode=*/false);
+        indices_op(argmax, plane(args, input, weight), pooling().window, /*ceil_mode=*/false);
     const Tensor at = indices.clamp_min(0).flatten(-2);
     Tensor g = grad_y.masked_fill(indices.lt(0), 0) + zero_of(input) + zero_of(weight);
     if (bias)
@@ -303,14 +302,12 @@ struct Conv2dReLUMaxPool2dFunction : torch::autograd::Function<Conv2dReLUMaxPool
 
 Tensor conv2d_relu_max_pool2d_autograd(const Args& args, const Tensor& input, const Tensor& weight,
                                        const optional<Tensor>& bias) {
-  static const auto op = find_op<Op<Tensor>>("dlkernels::conv2d_relu_max_pool2d");
+  static const BelowAutograd<Op<Tensor>> op("dlkernels::conv2d_relu_max_pool2d");
   if (!ours(args, input, weight, bias))
     return conv2d_relu_max_pool2d_torch(args, input, weight, bias);
-  const Tensor none, &b = bias ? *bias : none;
-  if (any_requires_grad({&input, &weight, &b}))
+  if (any_requires_grad(input, weight, bias))
     return Conv2dReLUMaxPool2dFunction::apply(input, weight, bias, args);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;  // then no argmax is kept
-  return call(op, args, input, weight, bias);
+  return call(op, args, input, weight, bias);  // no argmax is kept
 }
 
 const bool torch_paths =

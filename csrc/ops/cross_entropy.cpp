@@ -297,13 +297,14 @@ Tensor logits_of(const Tensor& grad, const Tensor& target, const Tensor& weight,
   return p.clamp_min(0).log().to(grad.scalar_type());
 }
 
-struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+struct CrossEntropyFunction : Function<CrossEntropyFunction> {
+  static constexpr const char* kNode = "CrossEntropyBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
                         double label_smoothing) {
-    static const auto op = find_op<CrossEntropy<Two>>("dlkernels::cross_entropy_forward");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, grad] = op.call(input, target, weight, reduction, ignore_index, label_smoothing);
+    static const BelowAutograd<CrossEntropy<Two>> op("dlkernels::cross_entropy_forward");
+    auto [loss, grad] = op(input, target, weight, reduction, ignore_index, label_smoothing);
     // Not the logits, which may be freed or written to before backward, as with PyTorch's op; and
     // the weights for a gradient of the gradient alone.
     ctx->save_for_backward({grad, target, weight.value_or(Tensor())});
@@ -314,7 +315,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<CrossEntropyBackward>("dlkernels::cross_entropy_backward");
+    static const BelowAutograd<CrossEntropyBackward> op("dlkernels::cross_entropy_backward");
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad = saved[0], &target = saved[1], &weight = saved[2];
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
@@ -342,7 +343,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       scale_cuda(grads[0], grad, target, ignore_index, grad);
       out[0] = grad;
     } else {
-      out[0] = op.call(grads[0], grad, target, ignore_index);
+      out[0] = op(grads[0], grad, target, ignore_index);
     }
     return out;
   }
@@ -350,14 +351,12 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
 Tensor cross_entropy_autograd(const Args& a) {
   // Gradients of probabilities and weights are PyTorch's affair.
-  const Tensor weight = a.weight.value_or(Tensor());
-  if (!ours(a) || any_requires_grad({&a.target, &weight})) return cross_entropy_torch(a);
-  if (any_requires_grad({&a.input}))
+  if (!ours(a) || any_requires_grad(a.target, a.weight)) return cross_entropy_torch(a);
+  if (any_requires_grad(a.input))
     return CrossEntropyFunction::apply(a.input, a.target, a.weight, a.reduction, a.ignore_index,
                                        a.label_smoothing);
-  static const auto op = find_op<CrossEntropy<Tensor>>("dlkernels::cross_entropy");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(a.input, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing);
+  static const BelowAutograd<CrossEntropy<Tensor>> op("dlkernels::cross_entropy");
+  return op(a.input, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing);
 }
 
 const bool torch_paths =

@@ -159,13 +159,14 @@ Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.fla
 template <bool kRelu>
 Tensor linear_below_autograd(const Tensor& input, const Tensor& weight,
                              const optional<Tensor>& bias) {
-  static const auto op = find_op<Linear>(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input, weight, bias);
+  static const BelowAutograd<Linear> op(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
+  return op(input, weight, bias);
 }
 
 template <bool kRelu>
-struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
+struct LinearFunction : Function<LinearFunction<kRelu>> {
+  static constexpr const char* kNode = kRelu ? "LinearReLUBackward" : "LinearBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias) {
     const Tensor y = linear_below_autograd<kRelu>(input, weight, bias);
@@ -177,7 +178,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<LinearBackward>("dlkernels::linear_backward");
+    static const BelowAutograd<LinearBackward> op("dlkernels::linear_backward");
     const auto saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1], &y = saved[2];
     // needs_input_grad counts tensors, not arguments: an absent bias has no slot of its own.
@@ -191,7 +192,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<kRelu>> {
               mask[2] ? as_matrix(g).sum(0) : Tensor()};
     }
     const auto given = [](const Tensor& x) { return x.defined() ? optional(x) : std::nullopt; };
-    auto [gx, gw, gb] = op.call(grads[0], given(input), given(weight), given(y), mask);
+    auto [gx, gw, gb] = op(grads[0], given(input), given(weight), given(y), mask);
     return {gx, gw, gb};
   }
 };
@@ -200,8 +201,7 @@ template <bool kRelu>
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   // A node that records nothing would still cost a third of a small call.
-  const Tensor none;
-  if (!any_requires_grad({&input, &weight, bias ? &*bias : &none}))
+  if (!any_requires_grad(input, weight, bias))
     return linear_below_autograd<kRelu>(input, weight, bias);
   return LinearFunction<kRelu>::apply(input, weight, bias);
 }

@@ -273,38 +273,36 @@ Tensor max_pool2d_backward_cuda(const Tensor& grad_y, const Tensor& argmax,
 
 // ---- gradient -----------------------------------------------------------------------------
 
-struct MaxPool2dFunction : torch::autograd::Function<MaxPool2dFunction> {
-  // y, and indices if wanted
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Args& args,
-                               bool return_indices) {
-    static const auto op = find_op<MaxPool2dForward>("dlkernels::max_pool2d_forward");
-    static const auto indices_op = find_op<MaxPool2dIndices>("dlkernels::max_pool2d_indices");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [y, argmax] = op.call(input, args.window, args.ceil_mode);
-    ctx->set_materialize_grads(false);
+template <bool kIndices>
+struct MaxPool2dFunction : Function<MaxPool2dFunction<kIndices>> {
+  static constexpr const char* kNode = "MaxPool2dBackward";
+
+  static Result<kIndices> forward(AutogradContext* ctx, const Tensor& input, const Args& args) {
+    static const BelowAutograd<MaxPool2dForward> op("dlkernels::max_pool2d_forward");
+    static const BelowAutograd<MaxPool2dIndices> indices_op("dlkernels::max_pool2d_indices");
+    const auto [y, argmax] = op(input, args.window, args.ceil_mode);
     ctx->save_for_backward({argmax});
     ctx->saved_data["input_size"] = plane(input);
     ctx->saved_data["window"] = IntArrayRef(args.window);
     ctx->saved_data["ceil_mode"] = args.ceil_mode;
-    if (!return_indices) return {y};
-    const Tensor indices = indices_op.call(argmax, plane(input), args.window, args.ceil_mode);
-    ctx->mark_non_differentiable({indices});
-    return {y, indices};
+    if constexpr (kIndices)
+      return {y, indices_op(argmax, plane(input), args.window, args.ceil_mode)};
+    else
+      return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<MaxPool2dBackward>("dlkernels::max_pool2d_backward");
-    static const auto indices_op = find_op<MaxPool2dIndices>("dlkernels::max_pool2d_indices");
+    static const BelowAutograd<MaxPool2dBackward> op("dlkernels::max_pool2d_backward");
+    static const BelowAutograd<MaxPool2dIndices> indices_op("dlkernels::max_pool2d_indices");
     const Tensor &grad_y = grads[0], argmax = ctx->get_saved_variables()[0];
     const auto input_size = ctx->saved_data["input_size"].toSymIntVector();
     const auto window = ctx->saved_data["window"].toIntVector();
     const bool ceil_mode = ctx->saved_data["ceil_mode"].toBool();
-    if (!grad_y.defined()) return {Tensor(), Tensor(), Tensor()};
     if (!is_differentiated(grad_y, max_pool2d_backward_stats))
-      return {op.call(grad_y, argmax, input_size, window, ceil_mode), Tensor(), Tensor()};
+      return {op(grad_y, argmax, input_size, window, ceil_mode), Tensor()};
     // Differentiable in grad_y: PyTorch's scatter to the indices. -1 is nowhere. And in the input,
     // which has gradients of 0.
-    const Tensor indices = indices_op.call(argmax, input_size, window, ceil_mode).flatten(-2);
+    const Tensor indices = indices_op(argmax, input_size, window, ceil_mode).flatten(-2);
     c10::SymDimVector sizes(argmax.sym_sizes().begin(), argmax.sym_sizes().end());
     std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
     const Tensor input = in_place_of_input(0, at::empty_symint(sizes, grad_y.options()));
@@ -313,25 +311,20 @@ struct MaxPool2dFunction : torch::autograd::Function<MaxPool2dFunction> {
             .flatten(-2)
             .scatter_add(-1, indices.clamp_min(0), grad_y.flatten(-2).masked_fill(indices.lt(0), 0))
             .unflatten_symint(-1, input_size);
-    return {grad_x.contiguous(argmax.suggest_memory_format()), Tensor(), Tensor()};
+    return {grad_x.contiguous(argmax.suggest_memory_format()), Tensor()};
   }
 };
 
 template <bool kIndices>
 Result<kIndices> max_pool2d_autograd(const Args& args, const Tensor& input) {
-  static const auto op = find_op<MaxPool2d<kIndices>>(
-      kIndices ? "dlkernels::max_pool2d_with_indices" : "dlkernels::max_pool2d");
+  static const BelowAutograd<MaxPool2d<kIndices>> op(kIndices ? "dlkernels::max_pool2d_with_indices"
+                                                              : "dlkernels::max_pool2d");
   if (!ours(args, input)) return max_pool2d_torch<kIndices>(args, input);
-  if (!any_requires_grad({&input})) {  // then no argmax is kept
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!any_requires_grad(input)) {  // then no argmax is kept
     const auto sym = [&](int at) { return c10::fromIntArrayRefSlow(args.pair(at)); };
-    return op.call(input, sym(0), sym(2), sym(4), sym(6), args.ceil_mode);
+    return op(input, sym(0), sym(2), sym(4), sym(6), args.ceil_mode);
   }
-  const variable_list out = MaxPool2dFunction::apply(input, args, kIndices);
-  if constexpr (kIndices)
-    return {out[0], out[1]};
-  else
-    return out[0];
+  return MaxPool2dFunction<kIndices>::apply(input, args);
 }
 
 const bool torch_paths =

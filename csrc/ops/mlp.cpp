@@ -206,12 +206,13 @@ std::vector<Tensor> mlp_backward_cuda(const Tensor& grad_y, const Tensor& input,
 
 // ---- gradient -----------------------------------------------------------------------------
 
-struct MLPFunction : torch::autograd::Function<MLPFunction> {
+struct MLPFunction : Function<MLPFunction> {
+  static constexpr const char* kNode = "MLPBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList weights,
                         at::TensorList biases) {
-    static const auto op = find_op<MLPForward>("dlkernels::mlp_forward");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::vector<Tensor> outputs = op.call(input, weights, biases);
+    static const BelowAutograd<MLPForward> op("dlkernels::mlp_forward");
+    std::vector<Tensor> outputs = op(input, weights, biases);
     // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
     variable_list saved = {input};
     saved.insert(saved.end(), weights.begin() + (input.requires_grad() ? 0 : 1), weights.end());
@@ -223,7 +224,7 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<MLPBackward>("dlkernels::mlp_backward");
+    static const BelowAutograd<MLPBackward> op("dlkernels::mlp_backward");
     const variable_list saved = ctx->get_saved_variables();
     const size_t layers = ctx->saved_data["layers"].toInt();
     const bool biases = ctx->saved_data["biases"].toBool();
@@ -238,8 +239,8 @@ struct MLPFunction : torch::autograd::Function<MLPFunction> {
       return differentiable(grads[0], all[0], weights, hidden, biases);
     const bool grad_input = ctx->needs_input_grad(0);
     const size_t wanted = grad_input ? layers : layers - 1;
-    variable_list out = op.call(grads[0], all[0], weights.slice(weights.size() - wanted), hidden,
-                                grad_input, biases);
+    variable_list out =
+        op(grads[0], all[0], weights.slice(weights.size() - wanted), hidden, grad_input, biases);
     if (!grad_input) out.insert(out.begin(), Tensor());
     return out;
   }
@@ -277,9 +278,8 @@ Tensor mlp_autograd(const Tensor& input, at::TensorList weights, at::TensorList 
   if (!ours(input, weights, biases)) return mlp_torch(input, weights, biases);
   const auto wanted = [](const Tensor& t) { return t.requires_grad(); };
   if (!at::GradMode::is_enabled()) {
-    static const auto op = find_op<MLP>("dlkernels::mlp");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(input, weights, biases);
+    static const BelowAutograd<MLP> op("dlkernels::mlp");
+    return op(input, weights, biases);
   }
   if (std::all_of(weights.begin(), weights.end(), wanted) &&
       std::all_of(biases.begin(), biases.end(), wanted))

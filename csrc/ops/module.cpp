@@ -1,11 +1,13 @@
 // dlkernels._C: importing it loads this library, and loading it runs the registrations of csrc/ops.
-// The functions below are what the library says about itself, and the optimizers' step.
+// The functions below are what the library says about itself, the ops as functions, and the
+// optimizers' step.
 #include "ops/torch_headers.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "common.h"
+#include "direct.h"
 #include "optim_step.h"
 
 namespace py = pybind11;
@@ -48,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
         return finite * times * table.multiply_add_flops;
       },
       "Multiply-adds alone, on all threads: how many FLOPs were done (the roof in benchmarks).");
+  m.def("direct", &direct, "An OpOverload as a function that takes less time to call it.");
   m.def(
       "optim_step", &optim_step,
       "An optimizer's op on [(parameters, keys of their states, scalars)] with the state of their "

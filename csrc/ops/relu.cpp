@@ -29,11 +29,11 @@ Tensor relu_torch(const Tensor& input) {
 
 // ---- shapes: shared by every device and by torch.compile ----------------------------------
 
-// Where no two dimensions of more than one element have changed places, PyTorch's pointwise ops
-// write default strides, whatever strides dimensions of one element have.
-Tensor relu_meta(const Tensor& input) {
-  return at::empty_like(
-      input, input.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
+// As PyTorch's pointwise ops have it: default strides where no two dimensions of more than one
+// element have changed places, whatever strides dimensions of one element have; else those of x.
+// empty_like would do, but calls the dispatcher three times.
+Tensor relu_meta(const Tensor& x) {
+  return x.is_contiguous() ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty_like(x);
 }
 
 Tensor relu_backward_meta(const Tensor& grad_y, const Tensor& y) {
@@ -43,7 +43,7 @@ Tensor relu_backward_meta(const Tensor& grad_y, const Tensor& y) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(y) && same_dtype(y, grad_y),
                               "relu_backward: tensors must be dense ", kOurDTypes, ", got grad_y ",
                               grad_y.scalar_type(), " and y ", y.scalar_type());
-  return at::empty_like(y);
+  return relu_meta(y);
 }
 
 // ---- cpu ----------------------------------------------------------------------------------
@@ -104,31 +104,31 @@ Tensor relu_backward_cuda(const Tensor& grad_y, const Tensor& y) {
 
 // ---- gradient -----------------------------------------------------------------------------
 
-struct ReluFunction : torch::autograd::Function<ReluFunction> {
+struct ReluFunction : Function<ReluFunction> {
+  static constexpr const char* kNode = "ReLUBackward";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input) {
-    static const auto op = find_op<Relu>("dlkernels::relu");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y = op.call(input);
+    static const BelowAutograd<Relu> op("dlkernels::relu");
+    Tensor y = op(input);
     ctx->save_for_backward({y});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<ReluBackward>("dlkernels::relu_backward");
+    static const BelowAutograd<ReluBackward> op("dlkernels::relu_backward");
     const Tensor y = ctx->get_saved_variables()[0];
     // The gradient is linear in grad_y and does not depend on the input in between its kinks.
     if (is_differentiated(grads[0], relu_backward_stats))
       return {at::threshold_backward(grads[0], y, 0)};
-    return {op.call(grads[0], y)};
+    return {op(grads[0], y)};
   }
 };
 
 Tensor relu_autograd(const Tensor& input) {
   if (!is_ours(input)) return relu_torch(input);
-  if (any_requires_grad({&input})) return ReluFunction::apply(input);
-  static const auto op = find_op<Relu>("dlkernels::relu");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input);
+  if (any_requires_grad(input)) return ReluFunction::apply(input);
+  static const BelowAutograd<Relu> op("dlkernels::relu");
+  return op(input);
 }
 
 const bool torch_paths = (register_torch_path("relu", relu_torch), true);

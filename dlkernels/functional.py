@@ -217,12 +217,11 @@ def _conv2d_sizes(weight, stride, padding, dilation, groups, bias=None):
         for size, step in zip(weight.shape[2:], dilation):
             total = step * (size - 1)
             edges += [total // 2, total - total // 2]
-    else:
-        padding = _pair(padding)
-        if padding is None:
-            return None
-        h, w = padding
+    elif pair := _pair(padding):
+        h, w = pair
         edges = (h, h, w, w)
+    else:
+        return None
     return stride, edges, dilation, groups
 
 

@@ -8,8 +8,8 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "common.h"
 #include "conv2d.h"
+#include "gradient.h"
 
 namespace dlkernels {
 

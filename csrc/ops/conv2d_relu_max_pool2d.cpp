@@ -2,8 +2,8 @@
 // what is pooled exists in cache alone.
 #include "ops/torch_headers.h"
 
-#include "common.h"
 #include "conv2d.h"
+#include "gradient.h"
 #include "max_pool2d.h"
 
 namespace dlkernels {

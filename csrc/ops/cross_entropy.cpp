@@ -14,8 +14,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "common.h"
 #include "cross_entropy.h"
+#include "gradient.h"
 
 namespace dlkernels {
 

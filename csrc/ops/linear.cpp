@@ -9,6 +9,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/threshold_backward.h>
 
+#include "gradient.h"
 #include "linear.h"
 
 namespace dlkernels {

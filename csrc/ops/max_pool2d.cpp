@@ -5,7 +5,7 @@
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 
-#include "common.h"
+#include "gradient.h"
 #include "max_pool2d.h"
 
 namespace dlkernels {

@@ -5,6 +5,7 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 
+#include "gradient.h"
 #include "linear.h"
 
 namespace dlkernels {

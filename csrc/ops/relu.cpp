@@ -5,7 +5,7 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "common.h"
+#include "gradient.h"
 
 namespace dlkernels {
 

@@ -80,6 +80,21 @@ def test_no_gradient(op):
     assert both(op, gradient) == [None, None]
 
 
+@pytest.mark.parametrize("op", ["max_pool2d", "cross_entropy"])
+def test_call_of_a_node(op):
+    """Without the engine, which alone knows where a tensor came from that was not saved."""
+    f, *shapes = OPS[op]
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in (*shapes, (3,)))
+    y = f(ours, x, w, b)
+    grad_y = torch.randn_like(y)
+    with torch.no_grad():
+        got = y.grad_fn(grad_y)
+    with pytest.raises(RuntimeError, match="engine alone"):
+        y.grad_fn(grad_y)
+    got = got[0] if isinstance(got, tuple) else got
+    assert torch.equal(got, torch.autograd.grad(y, x, grad_y)[0])
+
+
 @every
 def test_compiled_autograd(op):
     def gradient(y, x, grad_y):

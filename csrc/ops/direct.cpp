@@ -17,9 +17,10 @@ using c10::TypeKind;
 using std::optional;
 using torch::jit::Stack;
 
-struct Op {
+struct Op {  // lives as long as the process
   c10::OperatorHandle handle;
-  PyObject* overload;  // owned; an Op lives as long as the process
+  PyObject* overload;  // owned
+  PyMethodDef method;
 };
 
 optional<at::Tensor> as_tensor(PyObject* object) {
@@ -119,13 +120,14 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t n) {
 }  // namespace
 
 pybind11::object direct(const pybind11::object& overload) {
-  static PyMethodDef method = {"direct",
-                               reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)),
-                               METH_FASTCALL, nullptr};
   const auto name = overload.attr("_schema").attr("name").cast<std::string>();
   const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-  const pybind11::capsule self(new Op{handle, pybind11::object(overload).release().ptr()});
-  return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&method, self.ptr()));
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call));
+  auto* const op = new Op{handle,
+                          pybind11::object(overload).release().ptr(),
+                          {handle.schema().name().c_str(), function, METH_FASTCALL, nullptr}};
+  const pybind11::capsule self(op);
+  return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&op->method, self.ptr()));
 }
 
 }  // namespace dlkernels

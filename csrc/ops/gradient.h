@@ -109,7 +109,9 @@ inline bool is_differentiated(const Tensor& grad_y, OpStats& backward) {
 // derivatives depend on it in no other way.
 inline Tensor in_place_of_input(size_t i, const Tensor& value) {
   const auto node = torch::autograd::get_current_node();
-  TORCH_INTERNAL_ASSERT(node && i < node->num_outputs());
+  TORCH_CHECK(node && i < node->num_outputs(),
+              "a gradient of this gradient is known to autograd's engine alone: call backward() or "
+              "torch.autograd.grad(), or this node under torch.no_grad()");
   const Tensor x = value.detach();
   if (const auto& edge = node->next_edge(i); edge.is_valid())
     torch::autograd::impl::set_gradient_edge(x, edge);

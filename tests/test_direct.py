@@ -59,6 +59,22 @@ def test_usual_arguments(op):
     assert type(results[0]) is type(results[1])
 
 
+class Refused:
+    def __init__(self, overload):
+        self._schema = overload._schema
+
+    def __call__(self, *args):
+        raise AssertionError("torch.ops was asked")
+
+
+@every
+def test_usual_arguments_go_past_torch_ops(op):
+    refused = _C.direct(Refused(getattr(torch.ops.dlkernels, op).default))
+    refused(*ARGUMENTS[op])
+    with pytest.raises(AssertionError, match=r"torch\.ops was asked"):
+        refused(X.as_subclass(Subclass), *ARGUMENTS[op][1:])
+
+
 @every
 def test_odd_arguments(op):
     args = ARGUMENTS[op]

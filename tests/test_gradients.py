@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
+from torch._dynamo.utils import counters
 
 import dlkernels
 import dlkernels.functional as ours
@@ -102,7 +103,9 @@ def test_compiled_autograd(op):
             y.backward(grad_y)
         return x.grad
 
+    before = counters["compiled_autograd"]["captures"]
     torch.testing.assert_close(*both(op, gradient))
+    assert counters["compiled_autograd"]["captures"] > before
 
 
 @every

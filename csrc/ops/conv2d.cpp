@@ -319,11 +319,9 @@ Grads conv2d_backward_cuda(const Tensor& grad_y, const Tensor& input, const Tens
 // ---- gradient -----------------------------------------------------------------------------
 
 template <bool kRelu>
-Tensor conv2d_below_autograd(const Tensor& input, const Tensor& weight,
-                             const optional<Tensor>& bias, SymIntArrayRef stride,
-                             SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+const BelowAutograd<Conv2d>& conv2d_op() {
   static const BelowAutograd<Conv2d> op(kRelu ? "dlkernels::conv2d_relu" : "dlkernels::conv2d");
-  return op(input, weight, bias, stride, padding, dilation, groups);
+  return op;
 }
 
 template <bool kRelu>
@@ -333,8 +331,7 @@ struct Conv2dFunction : Function<Conv2dFunction<kRelu>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
                         SymIntArrayRef dilation, SymInt groups) {
-    const Tensor y =
-        conv2d_below_autograd<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+    const Tensor y = conv2d_op<kRelu>()(input, weight, bias, stride, padding, dilation, groups);
     ctx->save_for_backward({input, weight, kRelu ? y : Tensor()});
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
@@ -380,7 +377,7 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const optional
     return conv2d_torch<kRelu>(input, weight, bias, stride, padding, dilation, groups);
   if (any_requires_grad(input, weight, bias))
     return Conv2dFunction<kRelu>::apply(input, weight, bias, stride, padding, dilation, groups);
-  return conv2d_below_autograd<kRelu>(input, weight, bias, stride, padding, dilation, groups);
+  return conv2d_op<kRelu>()(input, weight, bias, stride, padding, dilation, groups);
 }
 
 const bool torch_paths =

@@ -1,6 +1,6 @@
 // Calls of an op from Python that skip what torch.ops does for any arguments of any op: a function
 // in Python, tuples and dicts of arguments, a choice among overloads, subclasses. Between two
-// passes of autograd's engine, where code is in no cache, that is 10 of the 55 us of a small relu
+// passes of autograd's engine, where code is in no cache, that is 8 of the 55 us of a small relu
 // forward and backward (benchmarks/NOTES.md).
 #include "ops/torch_headers.h"
 

@@ -77,7 +77,7 @@ struct Function : torch::autograd::Function<T> {
     auto out = T::forward(&node->ctx_, args...);
     const Tensor& y = first(out);
     torch::autograd::set_history(y, Pointer(node));
-    node->output_info_.emplace_back(y);
+    node->output_info_.emplace_back(y);  // compiled autograd's, which does not ask Node::apply
     node->save_variables_to_ctx();
     announce(Pointer(node));
     return out;

@@ -158,10 +158,9 @@ Grads linear_backward_cuda(const Tensor& grad_y, const optional<Tensor>& input,
 Tensor as_matrix(const Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
 
 template <bool kRelu>
-Tensor linear_below_autograd(const Tensor& input, const Tensor& weight,
-                             const optional<Tensor>& bias) {
+const BelowAutograd<Linear>& linear_op() {
   static const BelowAutograd<Linear> op(kRelu ? "dlkernels::linear_relu" : "dlkernels::linear");
-  return op(input, weight, bias);
+  return op;
 }
 
 template <bool kRelu>
@@ -170,7 +169,7 @@ struct LinearFunction : Function<LinearFunction<kRelu>> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const optional<Tensor>& bias) {
-    const Tensor y = linear_below_autograd<kRelu>(input, weight, bias);
+    const Tensor y = linear_op<kRelu>()(input, weight, bias);
     // As PyTorch, no more than is needed: the rest may be freed or written to before backward.
     ctx->save_for_backward({weight.requires_grad() ? input : Tensor(),
                             input.requires_grad() ? weight : Tensor(), kRelu ? y : Tensor()});
@@ -202,8 +201,7 @@ template <bool kRelu>
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
   if (!ours<kRelu>(input, weight, bias)) return linear_torch<kRelu>(input, weight, bias);
   // A node that records nothing would still cost a third of a small call.
-  if (!any_requires_grad(input, weight, bias))
-    return linear_below_autograd<kRelu>(input, weight, bias);
+  if (!any_requires_grad(input, weight, bias)) return linear_op<kRelu>()(input, weight, bias);
   return LinearFunction<kRelu>::apply(input, weight, bias);
 }
 

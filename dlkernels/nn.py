@@ -8,9 +8,10 @@ from collections import OrderedDict
 from itertools import pairwise
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
+from ._convert import patterns
+from ._convert.classes import TORCHS, is_leaf_in_fx, replaces
 
 __all__ = [
     "MLP",
@@ -26,9 +27,11 @@ __all__ = [
 ]
 
 
+@replaces(torch.nn.Linear)
 class Linear(torch.nn.Linear):
     __doc__ = torch.nn.Linear.__doc__
 
+    @is_leaf_in_fx
     def forward(self, input):
         return functional.linear(input, self.weight, self.bias)
 
@@ -36,22 +39,26 @@ class Linear(torch.nn.Linear):
 class LinearReLU(Linear):
     """``relu(linear(x))`` in one pass. Constructed as :class:`torch.nn.Linear` is."""
 
+    @is_leaf_in_fx
     def forward(self, input):
         return functional.linear_relu(input, self.weight, self.bias)
 
 
+@replaces(torch.nn.Sequential)
 class Sequential(torch.nn.Sequential):
-    """Runs linear layers and the ReLUs between them as one op; convert() puts it in the place of a
-    :class:`torch.nn.Sequential` that holds such. Modules with hooks are called as ever.
+    """:class:`torch.nn.Sequential` that runs some modules in a row as one op: linear layers with
+    ReLUs between them; a Linear or Conv2d and a ReLU; a Conv2d, a ReLU and a MaxPool2d.
+
+    It decides so at each call, where each of them is exactly ours and has no hook, so that nobody
+    sees the values in between.
     """
 
     def forward(self, input):
         modules, i = list(self._modules.values()), 0
         while i < len(modules):
-            linears, end = find_mlp(modules, i)
-            if len(linears) > 1:
-                biases = [m.bias for m in linears if m.bias is not None]
-                input, i = functional.mlp(input, [m.weight for m in linears], biases), end
+            op, end = patterns.find(modules, i)
+            if op and patterns.may_fuse(input):
+                input, i = op(modules[i:end], input), end
             else:
                 input, i = modules[i](input), i + 1
         return input
@@ -87,52 +94,31 @@ class MLP(Sequential):
         return super().__getitem__(index)
 
 
-def find_mlp(modules, begin, kind=type):
-    """The linear layers of the longest stack, with ReLUs in between, from modules[begin] on, and
-    where it ends. kind(module) is its class.
-    """
-    linears, biases, i, count, end = [], None, begin, 0, begin
-    while i < len(modules) and kind(modules[i]) in (Linear, LinearReLU):
-        m = modules[i]
-        if not is_bare(m) or biases not in (None, m.bias is not None):
-            break
-        biases = m.bias is not None  # all of them or none
-        linears.append(m)
-        if kind(m) is Linear:  # a stack ends without a ReLU
-            count, end = len(linears), i + 1
-        relu = modules[i + 1] if i + 1 < len(modules) else None
-        if kind(relu) is not (ReLU if kind(m) is Linear else FusedReLU) or not is_bare(relu):
-            break
-        i += 2
-    return linears[:count], end
+TORCHS[MLP] = torch.nn.Sequential  # what revert() makes of it
 
 
-def is_bare(m):
-    """Whether nobody watches a module or has replaced what it does."""
-    return not (
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        or _has_any_global_hook()
-    )
-
-
+@replaces(torch.nn.ReLU)
 class ReLU(torch.nn.ReLU):
-    __doc__ = torch.nn.ReLU.__doc__
+    """:class:`torch.nn.ReLU`. With ``inplace=True`` it is PyTorch's own op, which takes a single
+    pass, except after a layer in a :class:`Sequential`."""
 
+    @is_leaf_in_fx
     def forward(self, input):
-        return functional.relu(input, self.inplace)
+        if self.inplace:
+            return super().forward(input)
+        return functional.relu(input)
 
 
+@replaces(torch.nn.Conv2d)
 class Conv2d(torch.nn.Conv2d):
     __doc__ = torch.nn.Conv2d.__doc__
 
-    _conv2d = staticmethod(functional.conv2d)
+    @is_leaf_in_fx
+    def forward(self, input):
+        return self._conv_forward(input, self.weight, self.bias)
 
-    def _conv_forward(self, input, weight, bias):  # torch.nn.Conv2d.forward calls it
-        return self._convolve(self._conv2d, input, weight, bias)
+    def _conv_forward(self, input, weight, bias):
+        return self._convolve(functional.conv2d, input, weight, bias)
 
     def _convolve(self, conv2d, input, weight, bias, *pool):
         """`conv2d`, one of :mod:`dlkernels.functional` that convolve, with this module's sizes."""
@@ -148,12 +134,14 @@ class Conv2d(torch.nn.Conv2d):
 class Conv2dReLU(Conv2d):
     """``relu(conv2d(x))`` in one pass. Constructed as :class:`torch.nn.Conv2d` is."""
 
-    _conv2d = staticmethod(functional.conv2d_relu)
+    def _conv_forward(self, input, weight, bias):
+        return self._convolve(functional.conv2d_relu, input, weight, bias)
 
-
+@replaces(torch.nn.MaxPool2d)
 class MaxPool2d(torch.nn.MaxPool2d):
     __doc__ = torch.nn.MaxPool2d.__doc__
 
+    @is_leaf_in_fx
     def forward(self, input):
         return functional.max_pool2d(
             input,
@@ -184,8 +172,9 @@ class Conv2dReLUMaxPool2d(Conv2d):
         stride = pool_kernel_size if pool_stride is None else pool_stride
         self._pool = pool_kernel_size, stride, pool_padding, pool_dilation, ceil_mode
 
-    def _conv2d(self, *args):
-        return functional.conv2d_relu_max_pool2d(*args, *self._pool)
+    def _conv_forward(self, input, weight, bias):
+        op = functional.conv2d_relu_max_pool2d
+        return self._convolve(op, input, weight, bias, *self._pool)
 
     def extra_repr(self):
         names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
@@ -193,9 +182,11 @@ class Conv2dReLUMaxPool2d(Conv2d):
         return ", ".join([super().extra_repr(), *pool])
 
 
+@replaces(torch.nn.CrossEntropyLoss)
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __doc__ = torch.nn.CrossEntropyLoss.__doc__
 
+    @is_leaf_in_fx
     def forward(self, input, target):
         return functional.cross_entropy(
             input,
@@ -205,17 +196,3 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
-
-
-class FusedReLU(torch.nn.ReLU):
-    """Keeps the place of a ReLU that the module before it applies; made by convert() alone."""
-
-    def forward(self, input):
-        return input
-
-
-class FusedMaxPool2d(torch.nn.MaxPool2d):
-    """Keeps the place of a MaxPool2d that the module two before it applies; made by convert()."""
-
-    def forward(self, input):
-        return input

@@ -13,49 +13,73 @@ import warnings
 from types import CodeType
 
 import torch
-import torch.nn.functional as F
 
-from . import nn
-
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
-POOLS = (F.max_pool2d, torch.max_pool2d)
-METHODS = ("relu", "relu_")
-RELU_MODULES = (torch.nn.ReLU, nn.ReLU)
-POOL_MODULES = (torch.nn.MaxPool2d, nn.MaxPool2d)
+from .classes import TORCHS
+from .patterns import METHOD_RELUS, POOLS, RELUS
 
 
-def rewrite(function, module, becomes):
+def rewrite(function, module):
     """The code of a method of `module` that has ReLUs, and pools after them, in chains.
 
-    Args:
-        becomes: {module: the class it is going to be of}
-
     Returns:
-        code, the number of ReLUs in chains, None; or function's own code, 0 and, if it calls
-        PyTorch's ReLU as a function or may do so, why that is not in a chain
+        code, the chains, None; or None, no chains and, if the method calls PyTorch's ReLU as a
+        function or may do so, why that is not in a chain. A chain is (texts, row): the source of
+        the layer and of each step, and what they are now, as :func:`patterns.find` takes them.
     """
     code = function.__code__
     found = _find(code, code.co_filename)
     if isinstance(found, str):
-        return code, 0, found
+        return None, [], found
     tree, node = found
-    rewriter = _Rewriter(module, code, function.__globals__, becomes)
+    rewriter = _Rewriter(module, code, function.__globals__)
     new = rewriter.generic_visit(copy.deepcopy(node))
-    if rewriter.relus:
-        return _compile(tree, node, new.body, code), rewriter.relus, None
+    if rewriter.chains:
+        return _compile(tree, node, new.body, code), rewriter.chains, None
     why = "no ReLU in its forward comes right after a Linear or Conv2d" if rewriter.others else None
-    return code, 0, why
+    return None, [], why
+
+
+def uses_its_class(function):
+    """Why a method can't be called on an instance of a subclass that is to pass for the class, or
+    None: it asks for the class of self, and not only for an attribute of it or to call it."""
+    code = function.__code__
+    if not names(code) & {"__class__", "type"} or not code.co_argcount:
+        return None
+    found = _find(code, code.co_filename)
+    if isinstance(found, str):
+        return found.replace("forward", code.co_name)
+    _, node = found
+    harmless = {
+        id(n.value if isinstance(n, ast.Attribute) else n.func)
+        for n in ast.walk(node)
+        if isinstance(n, ast.Attribute | ast.Call)
+    }
+    for n in ast.walk(node):
+        for child in ast.iter_child_nodes(n):
+            if _is_class_of(child, code.co_varnames[0]) and id(child) not in harmless:
+                return f"its {code.co_name} says {ast.unparse(n)}, which a subclass would change"
+    return None
+
+
+def _is_class_of(expression, me):
+    """Whether this is ``self.__class__`` or ``type(self)``."""
+    match expression:
+        case ast.Attribute(value=ast.Name(id=name), attr="__class__"):
+            return name == me
+        case ast.Call(func=ast.Name(id="type"), args=[ast.Name(id=name)]):
+            return name == me
+    return False
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites statements of a function of `module`; counts the ReLUs that it puts in a chain, and
-    those of PyTorch's functions and methods that it does not."""
+    """Rewrites statements of a function of `module`; lists the chains, and counts the ReLUs of
+    PyTorch's functions and methods that are in none."""
 
-    def __init__(self, module, code, variables, becomes):
-        self.module, self.becomes, self.variables = module, becomes, variables
+    def __init__(self, module, code, variables):
+        self.module, self.variables = module, variables
         self.me = code.co_varnames[0]
         self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
-        self.relus = self.others = 0
+        self.chains, self.others = [], 0
 
     def visit_Call(self, node):
         self.generic_visit(node)
@@ -91,13 +115,15 @@ class _Rewriter(ast.NodeTransformer):
     def _step(self, call):
         """A ReLU or a pool as a step of a chain, and what it is applied to; or None, None."""
         f, args, keywords = call.func, call.args, call.keywords
-        if isinstance(f, ast.Attribute) and f.attr in METHODS and not (args or keywords):
+        text = ast.unparse(f)
+        if isinstance(f, ast.Attribute) and f.attr in METHOD_RELUS and not (args or keywords):
+            text, value = f.attr, f.attr
             f, x, args, is_relu, is_function = ast.Constant(f.attr), f.value, [], True, True
         else:
             value = self._value(f)
             is_function = any(value is relu for relu in RELUS)
-            is_relu = is_function or self._is_a(value, RELU_MODULES)
-            is_pool = any(value is pool for pool in POOLS) or self._is_a(value, POOL_MODULES)
+            is_relu = is_function or _kind(value) is torch.nn.ReLU
+            is_pool = any(value is pool for pool in POOLS) or _kind(value) is torch.nn.MaxPool2d
             others = [*args[1:], *(k.value for k in keywords)]
             if not (is_relu or is_pool) or not args or not all(map(_is_constant, others)):
                 return None, None
@@ -106,21 +132,27 @@ class _Rewriter(ast.NodeTransformer):
             x, args = args[0], args[1:]
         kwargs = ast.Dict([ast.Constant(k.arg) for k in keywords], [k.value for k in keywords])
         step = ast.Tuple([f, ast.Tuple(args, ast.Load()), kwargs], ast.Load())
-        step.is_relu, step.is_function = is_relu, is_function
+        step.is_relu, step.is_function, step.text = is_relu, is_function, self._name(text)
+        step.value = value, *map(ast.literal_eval, (step.elts[1], kwargs))
         return step, x
 
     def _chain(self, x, step, place):
         """A call of _chain for step(x), if x is a layer's and step a ReLU, or x a ReLU's chain and
         step a pool; else None."""
         if not step.is_relu:
-            if not getattr(x, "is_chain", False) or len(x.args[0].elts) > 1:
+            if not hasattr(x, "chain") or len(x.args[0].elts) > 1:
                 return None
             x.args[0].elts.append(step)
+            texts, row = x.chain
+            texts.append(step.text)
+            row.append(step.value)
         elif isinstance(x, ast.Call) and self._is_layer(x.func):
             name = ast.Attribute(ast.Name(self.me, ast.Load()), "_dlkernels_chain", ast.Load())
+            texts = [self._name(ast.unparse(x.func)), step.text]
+            chain = texts, [self._value(x.func), step.value]
             x = ast.Call(name, [ast.List([step], ast.Load()), x.func, *x.args], x.keywords)
-            x.is_chain = True
-            self.relus += 1
+            x.chain = chain
+            self.chains.append(chain)
             self.others -= step.is_function
         else:
             return None
@@ -145,10 +177,16 @@ class _Rewriter(ast.NodeTransformer):
             return f.id in self.locals
         if isinstance(f, ast.Subscript):
             return isinstance(self._value(f.value), torch.nn.Module)
-        return self._is_a(self._value(f), (nn.Linear, nn.Conv2d))
+        return TORCHS.get(type(self._value(f))) in (torch.nn.Linear, torch.nn.Conv2d)
 
-    def _is_a(self, m, kinds):
-        return isinstance(m, torch.nn.Module) and self.becomes.get(m, type(m)) in kinds
+    def _name(self, text):
+        """The source of a step, of a module as model.named_modules() calls it."""
+        return text.removeprefix(f"{self.me}.")
+
+
+def _kind(module):
+    """PyTorch's class in whose place the class of a module is, or that class."""
+    return TORCHS.get(type(module), type(module))
 
 
 def _assigned(statement):

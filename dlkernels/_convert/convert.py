@@ -1,0 +1,82 @@
+"""Turn the modules of a model into those of :mod:`dlkernels.nn` and back, in place.
+
+Only ``module.__class__`` changes: Parameters, tied weights, optimizers, hooks and state_dict keys
+stay what they are.
+"""
+
+import torch
+
+from . import forward
+from .classes import OURS, TORCHS
+from .report import check, report, why_kept
+
+
+def convert(model, *, fuse=True, verbose=False):
+    """Makes the modules of `model` run on kernels of ours, in place: ``model = convert(model)``.
+
+    ``Linear``, ``ReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and ``Sequential`` of
+    :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any dtype. Each module
+    still computes what it did, also after changes to the model; what is added later runs on our
+    kernels after another convert.
+
+    An ``nn.Sequential``, and the forward of another class, runs ``relu(linear(x))``,
+    ``relu(conv2d(x))``, ``max_pool2d(relu(conv2d(x)))`` and stacks of linear layers with ReLUs as
+    one op. It decides so at each call: where a hook or a change would show, its modules are called.
+    A class with such a forward is replaced by a subclass, its methods compiled again from their
+    source. Pickle writes the class itself.
+
+    Args:
+        model: any module
+        fuse: whether containers and forwards run several modules as one op
+        verbose: whether to print the :func:`dlkernels.report`
+
+    Returns:
+        `model`
+
+    Raises:
+        TypeError: if `model` is no module.
+    """
+    check("convert", model)
+    for m in model.modules():
+        if type(m) in OURS and not why_kept(m):
+            m.__class__ = OURS[type(m)]
+        if type(m) is OURS[torch.nn.Sequential] and not fuse:
+            m.__class__ = torch.nn.Sequential
+    for m in model.modules():
+        if "forward" not in vars(m):
+            m.__class__ = forward.fused(m)[0] if fuse else forward.base_of(type(m))
+    if verbose:
+        print(report(model))
+    return model
+
+
+def revert(model):
+    """Undoes :func:`convert`, in place: ``model = revert(model)``.
+
+    Every module of ours becomes PyTorch's again, in any later state of the model, in copies and in
+    parts, and also where it was constructed as ours. ``LinearReLU``, ``Conv2dReLU`` and
+    ``Conv2dReLUMaxPool2d``, which PyTorch does not have, and subclasses that others made stay.
+
+    Returns:
+        `model`
+
+    Raises:
+        TypeError: if `model` is no module.
+    """
+    check("revert", model)
+    for m in model.modules():
+        m.__class__ = _reverted(type(m))
+    return model
+
+
+def _reverted(cls):
+    """PyTorch's class in whose place `cls` is, or the one of which it is a form of ours."""
+    cls = forward.base_of(cls)
+    if cls in TORCHS:
+        return TORCHS[cls]
+    bases = tuple(map(_reverted, cls.__bases__)) if cls.__module__.startswith("torch.") else ()
+    if bases == cls.__bases__ or not bases:
+        return cls
+    # What torch makes of the class of a module that is parametrized or sharded.
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)

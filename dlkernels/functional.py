@@ -50,8 +50,11 @@ def _ours(*tensors):
     """Whether our op is asked at all; it decides itself whether it has a kernel."""
     for t in tensors:
         # Fake and functional tensors stand for plain ones while torch traces. Told by name: to
-        # import their classes is slow, and warns where there is no NumPy.
-        if type(t) not in _PLAIN and not type(t).__module__.startswith("torch._subclasses."):
+        # import their classes is slow, and warns where there is no NumPy. ONNX knows PyTorch's ops.
+        if type(t) not in _PLAIN and (
+            not type(t).__module__.startswith("torch._subclasses.")
+            or torch.onnx.is_in_onnx_export()
+        ):
             return False
     return _state.enabled or _state.enabled_here()
 
@@ -196,7 +199,7 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 def _differ(weight, bias):
     """Whether bias has another dtype: PyTorch takes some of them, but only with text as padding."""
-    return bias is not None and getattr(bias, "dtype", None) != getattr(weight, "dtype", None)
+    return isinstance(bias, Tensor) and bias.dtype != getattr(weight, "dtype", None)
 
 
 def _conv2d_sizes(weight, stride, padding, dilation, groups, bias=None):

@@ -54,11 +54,12 @@ class Sequential(torch.nn.Sequential):
     """
 
     def forward(self, input):
-        modules, i = list(self._modules.values()), 0
+        modules, i, find = list(self._modules.values()), 0, patterns.find()
         while i < len(modules):
-            op, end = patterns.find(modules, i)
-            if op and patterns.may_fuse(input):
-                input, i = op(modules[i:end], input), end
+            found = find(modules, i, input)
+            if found:
+                op, end, weights, biases = found
+                input, i = op(input, modules[i:end], weights, biases), end
             else:
                 input, i = modules[i](input), i + 1
         return input

@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "direct.h"
+#include "matcher.h"
 #include "optim_step.h"
 
 namespace py = pybind11;
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "Multiply-adds alone, on all threads: how many FLOPs were done (the roof in benchmarks).");
   m.def("direct", &direct, "An OpOverload as a function that takes less time to call it.");
+  m.def("matcher", &matcher, "The function that finds which modules in a row run as one op.");
   m.def(
       "optim_step", &optim_step,
       "An optimizer's op on [(parameters, keys of their states, scalars)] with the state of their "

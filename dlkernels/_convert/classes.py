@@ -11,7 +11,17 @@ from torch.fx import Proxy
 
 OURS = {}  # {a class of torch.nn: ours}
 TORCHS = {}  # {our class: PyTorch's}
-METHODS = {}  # {our class: [(class, name, function)]}: unpatched, while each of these is still so
+# {our class: (PyTorch's, methods, whether it has weight and bias)}, where methods is ((class, name,
+# function), ...): while all of these are what they were, the class computes what PyTorch's does.
+KNOWN = {}
+
+
+def are_unchanged(methods):
+    """Whether each (class, name, function) is what it was."""
+    for cls, name, function in methods:
+        if getattr(cls, name) is not function:
+            return False
+    return True
 
 
 def in_place_of(cls, name, ours):
@@ -38,7 +48,9 @@ def replaces(torchs):
         for name in names:
             setattr(ours, name, in_place_of(torchs, name, vars(ours)[name]))
         OURS[torchs], TORCHS[ours] = ours, torchs
-        METHODS[ours] = [(cls, n, getattr(cls, n)) for n in names for cls in (torchs, ours)]
+        methods = tuple((cls, n, getattr(cls, n)) for n in names for cls in (torchs, ours))
+        is_layer = issubclass(torchs, (torch.nn.Linear, torch.nn.Conv2d))
+        KNOWN[ours] = torchs, methods, is_layer
         return ours
 
     return register

@@ -8,17 +8,19 @@ import torch
 
 from . import patterns, rewrite
 from .classes import in_place_of
-from .patterns import METHOD_RELUS, RELUS
+from .patterns import METHOD_RELUS, RELUS, is_one_of
 
 
 def _chain(steps, layer, /, *args, **kwargs):
     """layer(*args, **kwargs), and then each step on the result: (function, or the name of a method,
     its other arguments, its keyword arguments). Whatever layer and steps have become since."""
-    op, row = None, [layer, *steps]
+    found = None
     if len(args) == 1 and not kwargs:
-        op, end = patterns.find(row, 0)
-    if op and patterns.may_fuse(args[0]):
-        y, steps = op(row[:end], args[0]), row[end:]
+        row = [layer, *[patterns.as_step(*step) for step in steps]]
+        found = patterns.find()(row, 0, args[0])
+    if found:
+        op, end, weights, biases = found
+        y, steps = op(args[0], row[:end], weights, biases), steps[end - 1 :]
     else:
         y = layer(*args, **kwargs)
     for f, args, kwargs in steps:
@@ -86,7 +88,7 @@ def _rewritten(cls, module):
     if cls.__module__.partition(".")[0] in ("torch", "dlkernels"):
         return [], None
     relus = {name for name, m in module._modules.items() if isinstance(m, torch.nn.ReLU)}
-    relus |= {name for name, f in vars(module).items() if any(f is relu for relu in RELUS)}
+    relus |= {name for name, f in vars(module).items() if is_one_of(f, RELUS)}
     methods, reason = [], None
     for name, f in _functions(cls).items():
         called = rewrite.names(f.__code__)

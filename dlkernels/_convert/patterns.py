@@ -1,48 +1,45 @@
 """Which modules in a row run as one op: a table, and the matcher that reads it at each call.
 
-A row is a list of steps, each applied to the result of the one before: a module, or in a rewritten
-forward also a function with its other arguments. Nothing is remembered from one call to the next.
+A row is a list of steps, each applied to the result of the one before. A step is a module or, where
+a forward calls a function, (the class of torch.nn that computes the same, its other arguments).
+Nothing is remembered from one call to the next.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 
-from .. import functional
-from .classes import METHODS, TORCHS
+from .. import _C, functional
+from .classes import KNOWN, are_unchanged
 
-_MODULE_CALL = nn.Module.__call__
-
-
-# ---- the ops: f(steps, input) ---------------------------------------------------------------
+# ---- the ops: of the input, the steps, and the weights and biases of those that have some -----
 
 
-def linear_relu(steps, input):
-    return functional.linear_relu(input, *_weight_and_bias(steps[0]))
+def linear_relu(input, steps, weights, biases):
+    return functional.linear_relu(input, *weights, *biases)
 
 
-def mlp(steps, input):
-    layers = [_weight_and_bias(m) for m in steps[::2]]
-    weights, biases = [w for w, _ in layers], [b for _, b in layers if b is not None]
-    if len(biases) in (0, len(weights)):
-        return functional.mlp(input, weights, biases)
-    for layer in layers[:-1]:
-        input = functional.linear_relu(input, *layer)
-    return functional.linear(input, *layers[-1])
+def mlp(input, steps, weights, biases):
+    some = [bias for bias in biases if bias is not None]
+    if len(some) in (0, len(weights)):  # what one op takes
+        return functional.mlp(input, weights, some)
+    for weight, bias in zip(weights[:-1], biases):
+        input = functional.linear_relu(input, weight, bias)
+    return functional.linear(input, weights[-1], biases[-1])
 
 
-def conv2d_relu(steps, input):
-    return steps[0]._convolve(functional.conv2d_relu, input, *_weight_and_bias(steps[0]))
+def conv2d_relu(input, steps, weights, biases):
+    return steps[0]._convolve(functional.conv2d_relu, input, *weights, *biases)
 
 
-def conv2d_relu_max_pool2d(steps, input):
+def conv2d_relu_max_pool2d(input, steps, weights, biases):
     conv, _, pool = steps
     op = functional.conv2d_relu_max_pool2d
-    return conv._convolve(op, input, *_weight_and_bias(conv), *pool_window(pool))
+    return conv._convolve(op, input, *weights, *biases, *_window(pool))
 
 
-# ``...`` repeats what stands before it.
+# ``...`` repeats the two kinds that stand before it.
 PATTERNS = {
     (nn.Linear, nn.ReLU): linear_relu,
     (nn.Linear, nn.ReLU, ..., nn.Linear): mlp,
@@ -50,123 +47,133 @@ PATTERNS = {
     (nn.Conv2d, nn.ReLU, nn.MaxPool2d): conv2d_relu_max_pool2d,
 }
 
-# What stands in a forward in place of a module, or as a method of a tensor.
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
-POOLS = (F.max_pool2d, torch.max_pool2d)
-METHOD_RELUS = {"relu": torch.Tensor.relu, "relu_": torch.Tensor.relu_}
-
-# The arguments of a max-pool, and what they are by default.
-_WINDOW = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-
-
-class _Node:
-    """The patterns as a tree: `after` is {kind: node}. Where a pattern ends, `op` runs its first
-    `length` steps, or where that is None all of them."""
-
-    def __init__(self, after=(), op=None, length=None):
-        self.after, self.op, self.length = dict(after), op, length
-
 
 def _tree(patterns):
-    root = _Node()
+    """{kind: the tree after it}; where a pattern ends, "run" is its op and the number of steps, or
+    None for all that led there."""
+    root = {}
     for kinds, op in patterns.items():
         path = [root]
         for kind in kinds:
             if kind is not ...:
-                path.append(path[-1].after.setdefault(kind, _Node()))
-        node = path[-1]
-        node.op, node.length = op, len(path) - 1
-        if ... in kinds:  # a, b, ..., a: after one more b, which is left, an a comes back here
+                path.append(path[-1].setdefault(kind, {}))
+        path[-1]["run"] = op, None if ... in kinds else len(kinds)
+        if ... in kinds:  # a, b, ..., a: a row that goes on with b and no a runs as a, b
             a, b = kinds[:2]
-            node.length = None
-            node.after[b] = _Node({a: node}, path[2].op, path[2].length)
+            path[-1][b] = {a: path[-1], "run": path[2]["run"]}
     return root
 
 
 _TREE = _tree(PATTERNS)
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+_GLOBAL_METHODS = ((nn.Module, "__call__", nn.Module.__call__),)
 
 
-def find(steps, begin):
-    """The op of the longest pattern that steps[begin:] starts with, and where that ends; or None
+# ---- the matcher ----------------------------------------------------------------------------
+
+
+def match(steps, begin):
+    """The op of the longest pattern that steps[begin:] starts with, and where that ends; else None
     and the next step."""
     node, op, end = _TREE, None, begin + 1
     for i in range(begin, len(steps)):
-        node = node.after.get(kind_of(steps[i]))
+        node = node.get(_kind_of(steps[i]))
         if node is None:
             break
-        if node.op:
-            op, end = node.op, begin + node.length if node.length else i + 1
+        if "run" in node:
+            op, length = node["run"]
+            end = begin + length if length else i + 1
     return op, end
 
 
-def may_fuse(input):
-    """Whether modules may be passed over for this input: it is a plain tensor, and nobody watches
-    the calls of all modules."""
-    return (
-        functional._ours(input)
-        and not _has_any_global_hook()
-        and nn.Module.__call__ is _MODULE_CALL
-    )
-
-
-def kind_of(step):
-    """PyTorch's class whose forward a step computes, if it is a module of ours that nobody watches
-    or has changed, or a function; else None."""
-    methods = METHODS.get(type(step))
-    if methods is None:
-        return _kind_of_function(*step) if type(step) is tuple else None
+def _kind_of(step):
+    """PyTorch's class whose forward a step computes; None for a module that is not exactly ours, or
+    that somebody watches or has changed."""
+    if isinstance(step, tuple):
+        return step[0]
+    if type(step) not in KNOWN:
+        return None
+    kind, methods, is_layer = KNOWN[type(step)]
     state = step.__dict__
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
+        or state.get("return_indices")
         or "forward" in state
         or "_conv_forward" in state
         or "_call_impl" in state
         or "_compiled_call_impl" in state
-        or state.get("return_indices")
+        or (is_layer and not {"weight", "bias"} <= state["_parameters"].keys())
     ):
         return None
-    for cls, name, function in methods:
-        if getattr(cls, name) is not function:
-            return None
-    return TORCHS[type(step)]
+    return kind if are_unchanged(methods) else None
 
 
-def _kind_of_function(f, args, kwargs):
+def find_in_python(steps, begin, input):
+    """(op, end, weights, biases) to run steps[begin:end] on `input` by, or None where
+    steps[begin] is to be called: also where `input` is no plain tensor, or all modules are watched.
+    """
+    if not functional._ours(input) or any(_GLOBAL_HOOKS) or not are_unchanged(_GLOBAL_METHODS):
+        return None
+    op, end = match(steps, begin)
+    if op is None:
+        return None
+    layers = [m for m in steps[begin:end] if not isinstance(m, tuple) and KNOWN[type(m)][2]]
+    return op, end, [m.weight for m in layers], [m.bias for m in layers]
+
+
+# The same in C++, which torch.compile can't look into: in Python it takes longer than a small op.
+find_in_cpp = _C.matcher(KNOWN, _TREE, _GLOBAL_HOOKS, _GLOBAL_METHODS)
+
+
+def find():
+    """The one of both to use now."""
+    return find_in_python if torch.compiler.is_dynamo_compiling() else find_in_cpp
+
+
+# ---- what a forward calls in place of modules -----------------------------------------------
+
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+POOLS = (F.max_pool2d, torch.max_pool2d)
+METHOD_RELUS = {"relu": torch.Tensor.relu, "relu_": torch.Tensor.relu_}  # x.relu()
+
+# The arguments of a max-pool, and what they are by default.
+_WINDOW = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+
+
+def as_step(f, args, kwargs):
+    """A module, a function, or the name of a method of tensors, as a step; None for any other."""
     if isinstance(f, nn.Module):
-        return None if args or kwargs else kind_of(f)
+        return None if args or kwargs else f
     if isinstance(f, str):
-        return nn.ReLU if getattr(torch.Tensor, f) is METHOD_RELUS[f] else None
-    if any(f is relu for relu in RELUS):
-        return nn.ReLU
-    if any(f is pool for pool in POOLS) and _window_of_arguments(args, kwargs):
-        return nn.MaxPool2d
-    return None
+        return (nn.ReLU,) if getattr(torch.Tensor, f) is METHOD_RELUS[f] else None
+    if is_one_of(f, RELUS):
+        return (nn.ReLU,)
+    window = is_one_of(f, POOLS) and _window_of_arguments(args, kwargs)
+    return (nn.MaxPool2d, window) if window else None
 
 
-def pool_window(pool):
+def is_one_of(f, functions):
+    """Whether f, which may be any object, is one of these."""
+    return f is functions[0] or any(f is function for function in functions)
+
+
+def _window(pool):
     """The arguments of a max-pool from kernel_size to ceil_mode."""
     if isinstance(pool, tuple):
-        f, args, kwargs = pool
-        if not isinstance(f, nn.Module):
-            return _window_of_arguments(args, kwargs)
-        pool = f
+        return pool[1]
     return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
 
 
 def _window_of_arguments(args, kwargs):
-    """pool_window() of a function's arguments; None where they say more, or do not fit."""
+    """The same of a function's arguments; None where they say more, or do not fit."""
     given = {**dict(zip(_WINDOW, args)), **kwargs}
     fits = len(given) == len(args) + len(kwargs) and given.keys() <= _WINDOW.keys()
-    if not fits or "kernel_size" not in given:
-        return None
-    return tuple({**_WINDOW, **given}.values())
-
-
-def _weight_and_bias(m):
-    parameters = m._parameters
-    if "weight" in parameters and "bias" in parameters:  # or m.weight, which takes longer
-        return parameters["weight"], parameters["bias"]
-    return m.weight, m.bias
+    return tuple({**_WINDOW, **given}.values()) if fits and "kernel_size" in given else None

@@ -121,7 +121,7 @@ def _rows(m):
     if isinstance(m, torch.nn.Sequential):
         names, modules, i = list(m._modules), list(m._modules.values()), 0
         while i < len(modules):
-            op, end = patterns.find(modules, i)
+            op, end = patterns.match(modules, i)
             if op:
                 yield op.__name__, names[i:end]
             i = end
@@ -129,7 +129,7 @@ def _rows(m):
     for texts, steps in forward.chains(m):
         if steps[0] is None:
             yield "known when it is called", texts
-        op, end = patterns.find(steps, 0)
+        op, end = patterns.match(steps, 0)
         if op:
             yield op.__name__, texts[:end]
 

@@ -15,7 +15,8 @@ from types import CodeType
 import torch
 
 from .classes import TORCHS
-from .patterns import METHOD_RELUS, POOLS, RELUS
+from . import patterns
+from .patterns import METHOD_RELUS, POOLS, RELUS, is_one_of
 
 
 def rewrite(function, module):
@@ -24,7 +25,7 @@ def rewrite(function, module):
     Returns:
         code, the chains, None; or None, no chains and, if the method calls PyTorch's ReLU as a
         function or may do so, why that is not in a chain. A chain is (texts, row): the source of
-        the layer and of each step, and what they are now, as :func:`patterns.find` takes them.
+        the layer and of each step, and what they are now, as :func:`patterns.match` takes them.
     """
     code = function.__code__
     found = _find(code, code.co_filename)
@@ -121,9 +122,9 @@ class _Rewriter(ast.NodeTransformer):
             f, x, args, is_relu, is_function = ast.Constant(f.attr), f.value, [], True, True
         else:
             value = self._value(f)
-            is_function = any(value is relu for relu in RELUS)
+            is_function = is_one_of(value, RELUS)
             is_relu = is_function or _kind(value) is torch.nn.ReLU
-            is_pool = any(value is pool for pool in POOLS) or _kind(value) is torch.nn.MaxPool2d
+            is_pool = is_one_of(value, POOLS) or _kind(value) is torch.nn.MaxPool2d
             others = [*args[1:], *(k.value for k in keywords)]
             if not (is_relu or is_pool) or not args or not all(map(_is_constant, others)):
                 return None, None
@@ -133,7 +134,7 @@ class _Rewriter(ast.NodeTransformer):
         kwargs = ast.Dict([ast.Constant(k.arg) for k in keywords], [k.value for k in keywords])
         step = ast.Tuple([f, ast.Tuple(args, ast.Load()), kwargs], ast.Load())
         step.is_relu, step.is_function, step.text = is_relu, is_function, self._name(text)
-        step.value = value, *map(ast.literal_eval, (step.elts[1], kwargs))
+        step.value = patterns.as_step(value, *map(ast.literal_eval, (step.elts[1], kwargs)))
         return step, x
 
     def _chain(self, x, step, place):

@@ -138,6 +138,7 @@ class Conv2dReLU(Conv2d):
     def _conv_forward(self, input, weight, bias):
         return self._convolve(functional.conv2d_relu, input, weight, bias)
 
+
 @replaces(torch.nn.MaxPool2d)
 class MaxPool2d(torch.nn.MaxPool2d):
     __doc__ = torch.nn.MaxPool2d.__doc__

@@ -1,4 +1,4 @@
-"""convert() and revert(): what changes, what stays, and that the model computes the same."""
+"""convert(), revert(), report(): what changes, what stays, and that the model computes the same."""
 
 import copy
 import pickle
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
 
 import dlkernels
 from common import calls
@@ -22,12 +23,11 @@ def classes(model):
 def test_same_results_and_back(model):
     model, x = copy.deepcopy(model), images()
     before, kinds, keys = results(model, x), classes(model), list(model.state_dict())
-    parameters = list(model.parameters())
+    parameters, states = list(model.parameters()), [set(vars(m)) for m in model.modules()]
     text = repr(model)
-    report = dlkernels.convert(model)
-    assert report and len(report) == len(report.changed) == sum(
-        kinds[name] is not kind for name, kind in classes(model).items()
-    )
+    assert dlkernels.convert(model) is model
+    names = [name for name, kind in classes(model).items() if kind is not kinds[name]]
+    assert names == [c.name for c in dlkernels.report(model).converted] != []
     with dlkernels.set_fallback("error"):  # so nothing ran on PyTorch
         dlkernels.reset_stats()
         after = results(model, x)
@@ -35,15 +35,17 @@ def test_same_results_and_back(model):
     assert_same(after, before)
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert not dlkernels.convert(model)  # again: nothing left to do
+    converted = classes(model)
+    assert classes(dlkernels.convert(model)) == converted  # again: nothing left to do
 
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        assert len(dlkernels.revert(other)) == len(report)
+        assert dlkernels.revert(other) is other
         assert classes(other) == kinds and repr(other) == text
         with calls():
             back = results(other, x)
         assert all(torch.equal(a, b) for a, b in zip(back, before, strict=True))
-        assert not dlkernels.revert(other)
+        assert dlkernels.report(other).converted == dlkernels.report(other).fused == []
+    assert [set(vars(m)) for m in model.modules()] == states
 
 
 def test_trains_with_the_optimizer_it_had():
@@ -56,7 +58,7 @@ def test_trains_with_the_optimizer_it_had():
         losses.append([])
         for step in range(6):
             if m is other and step == 2:
-                assert dlkernels.convert(m)
+                dlkernels.convert(m)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(m(x), target)
             loss.backward()
@@ -66,16 +68,19 @@ def test_trains_with_the_optimizer_it_had():
     assert losses[1][-1] < losses[1][0]
 
 
-def test_report():
+def test_report(capsys):
     model = cnn()
-    report = dlkernels.convert(model)
-    assert [tuple(c) for c in report.changed] == [
-        ("0", "torch.nn.Conv2d", "dlkernels.nn.Conv2dReLUMaxPool2d"),
-        ("1", "torch.nn.ReLU", "dlkernels.nn.FusedReLU"),
-        ("2", "torch.nn.MaxPool2d", "dlkernels.nn.FusedMaxPool2d"),
-        ("3.0", "torch.nn.Conv2d", "dlkernels.nn.Conv2dReLU"),
-        ("3.1", "torch.nn.ReLU", "dlkernels.nn.FusedReLU"),
-        ("6", "torch.nn.Linear", "dlkernels.nn.Linear"),
+    before = dlkernels.report(model)
+    assert before.converted == before.fused == [] and "nothing is converted" in str(before)
+    assert {m.name for m in before.left} == {"0", "1", "2", "3.0", "3.1", "4", "5", "6"}
+    report = dlkernels.report(dlkernels.convert(model, verbose=True))
+    assert capsys.readouterr().out == f"{report}\n"
+    kinds = [("", "Sequential"), ("0", "Conv2d"), ("1", "ReLU"), ("2", "MaxPool2d")]
+    kinds += [("3", "Sequential"), ("3.0", "Conv2d"), ("3.1", "ReLU"), ("6", "Linear")]
+    assert report.converted == [(n, f"torch.nn.{k}", f"dlkernels.nn.{k}") for n, k in kinds]
+    assert report.fused == [
+        ("", "conv2d_relu_max_pool2d", "0, 1, 2"),
+        ("3", "conv2d_relu", "0, 1"),
     ]
     assert [tuple(m)[:2] for m in report.left] == [
         ("4", "torch.nn.Flatten"),
@@ -83,13 +88,24 @@ def test_report():
     ]
     assert all("no kernel" in m.reason for m in report.left)
     lines = str(report).splitlines()
-    assert str(report) == repr(report) and lines[0] == "converted 6, left 2"
-    assert "  3.0  torch.nn.Conv2d     -> dlkernels.nn.Conv2dReLU" in lines
+    assert str(report) == repr(report) and lines[0] == "converted 8, fused 2, left 2"
+    assert "  3.0      torch.nn.Conv2d         -> dlkernels.nn.Conv2d" in lines
     assert len({line.index("->") for line in lines if "->" in line}) == 1
+    for entry in (report.converted[0], report.fused[0], report.left[0]):
+        assert entry._fields[0] == "name"
 
-    empty = dlkernels.convert(nn.Sequential())
-    assert not empty and len(empty) == 0 and empty.changed == []
-    assert str(empty).startswith("converted 0")
+    model[1] = nn.Tanh()  # the report is of the model as it is
+    now = dlkernels.report(model)
+    assert now.fused == [("3", "conv2d_relu", "0, 1")]
+    assert ("1", "torch.nn.Tanh", "no kernel of ours for this class") in now.left
+    empty = dlkernels.report(nn.Sequential())
+    assert empty.converted == empty.left == [] and str(empty).startswith("converted 0")
+
+
+def test_report_of_what_could_be_fused():
+    model = dlkernels.convert(mlp(), fuse=False)
+    assert [m.name for m in dlkernels.report(model).left] == ["", "0"]
+    assert "not fused: dlkernels.convert(model)" in dlkernels.report(model).left[0].reason
 
 
 @pytest.mark.parametrize(
@@ -104,9 +120,9 @@ def test_report():
 )
 def test_the_model_itself(module, cls):
     kind = type(module)
-    report = dlkernels.convert(module)
-    assert type(module) is cls and report.changed[0].name == "" and "(model)" in str(report)
-    assert dlkernels.revert(module) and type(module) is kind
+    report = dlkernels.report(dlkernels.convert(module))
+    assert type(module) is cls and report.converted[0].name == "" and "(model)" in str(report)
+    assert type(dlkernels.revert(module)) is kind
 
 
 def test_what_is_left_and_why():
@@ -124,35 +140,34 @@ def test_what_is_left_and_why():
         "normed": (normed, "subclass"),
         "pruned": (pruned, "pruned"),
         "wrapped": (wrapped, "forward was replaced"),
-        "inplace": (nn.ReLU(inplace=True), "in place"),
         "other": (nn.GELU(), "no kernel"),
     }
     model = nn.ModuleDict({name: module for name, (module, _) in left.items()})
     kinds = classes(model)
-    report = dlkernels.convert(model)
-    assert not report and classes(model) == kinds
+    report = dlkernels.report(dlkernels.convert(model))
+    assert not report.converted and classes(model) == kinds
     reasons = {m.name: m.reason for m in report.left}
     for name, (_, words) in left.items():
         assert words in reasons[name], name
 
 
 def test_lazy_modules_once_they_have_shapes():
-    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU())
-    assert len(dlkernels.convert(model)) == 1  # the ReLU
+    model = dlkernels.convert(nn.Sequential(nn.LazyLinear(4), nn.ReLU()))
+    assert [type(m) for m in model] == [nn.LazyLinear, ours.ReLU]
     model(torch.randn(2, 3))
-    assert [c.name for c in dlkernels.convert(model).changed] == ["0", "1"]
-    assert type(model[0]) is ours.LinearReLU
+    dlkernels.convert(model)
+    assert type(model[0]) is ours.Linear
 
 
 def test_layers_added_later():
-    model = mlp()
-    dlkernels.convert(model)
+    model = dlkernels.convert(mlp())
     model.append(nn.ReLU())
     model.append(nn.Linear(5, 3))
     x = images()
     expected = model[-1](model[-2](model[:-2](x)))
-    assert [c.name for c in dlkernels.convert(model).changed] == ["5", "6", "7"]
-    assert type(model[5]) is ours.LinearReLU
+    torch.testing.assert_close(model(x), expected)
+    before = len(dlkernels.report(model).converted)
+    assert len(dlkernels.report(dlkernels.convert(model)).converted) == before + 2
     torch.testing.assert_close(model(x), expected)
 
 
@@ -160,7 +175,7 @@ def test_other_dtypes_are_converted_and_decide_when_called():
     model = mlp().double()
     x = images().double()
     expected = model(x)
-    assert dlkernels.convert(model)
+    dlkernels.convert(model)
     with calls(torchs=["mlp"]):
         assert torch.equal(model(x), expected)
     with dlkernels.set_fallback("error"), pytest.raises(NotImplementedError):
@@ -191,19 +206,44 @@ def test_revert_of_modules_made_by_hand():
     class Mine(ours.Linear):
         pass
 
-    model = nn.Sequential(ours.Linear(4, 4), ours.LinearReLU(4, 4), nn.ReLU(), Mine(4, 4))
-    report = dlkernels.revert(model)
-    assert [c.name for c in report.changed] == ["0"]
-    assert [(m.name, m.type) for m in report.left] == [
-        ("1", "dlkernels.nn.LinearReLU"),
-        ("3", f"{__name__}.{Mine.__qualname__}"),
-    ]
-    assert "no such class" in report.left[0].reason
+    stay = [ours.LinearReLU(4, 4), ours.Conv2dReLU(1, 2, 3), ours.Conv2dReLUMaxPool2d(1, 2, 3)]
+    stay.append(Mine(4, 4))
+    model = ours.Sequential(ours.Linear(4, 4), ours.MLP([4, 3, 4]), *stay)
+    kinds = [type(m) for m in stay]
+    dlkernels.revert(model)
+    assert type(model) is type(model[1]) is nn.Sequential
+    assert [type(m) for m in model] == [nn.Linear, nn.Sequential, *kinds]
+    assert {type(m) for m in model[1]} == {nn.Linear, nn.ReLU}
 
 
-@pytest.mark.parametrize("bad", [None, 3, "model", nn.Linear, [nn.Linear(2, 2)], torch.zeros(2)])
+@pytest.mark.parametrize("again", [dlkernels.convert, dlkernels.revert])
+def test_modules_that_torch_changed_since(again):
+    x = torch.randn(3, 4)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = dlkernels.convert(copy.deepcopy(plain))
+    for m in (plain, model):
+        torch.manual_seed(0)
+        nn.utils.parametrizations.weight_norm(m[0])
+        prune.random_unstructured(m[2], "weight", 0.5)
+    assert_same(results(again(model), x), results(plain, x))
+    reverted = dlkernels.revert(model)
+    assert not any(type(m).__module__.startswith("dlkernels") for m in reverted.modules())
+    assert not any(isinstance(m, ours.Linear) for m in reverted.modules())
+    assert type(reverted[0]).__name__ == "ParametrizedLinear"
+    for m in (plain, model):
+        nn.utils.parametrize.remove_parametrizations(m[0], "weight")
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), plain(x))
+
+
+LOADER = DataLoader(TensorDataset(torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 3, "model", nn.Linear, [nn.Linear(2, 2)], torch.zeros(2), LOADER], ids=type
+)
 def test_no_module(bad):
-    for f in (dlkernels.convert, dlkernels.revert):
+    for f in (dlkernels.convert, dlkernels.revert, dlkernels.report):
         with pytest.raises(TypeError, match=f"{f.__name__}: model must be a torch.nn.Module, got"):
             f(bad)
 
@@ -211,7 +251,7 @@ def test_no_module(bad):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_models_are_left():
     scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
-    assert not dlkernels.convert(scripted)
+    assert not dlkernels.report(dlkernels.convert(scripted)).converted
     scripted(torch.randn(2, 3))
 
 
@@ -232,7 +272,7 @@ def test_convert_after_compile():
     model, x = mlp(), images()
     compiled = torch.compile(model, fullgraph=True)
     expected = compiled(x)
-    assert dlkernels.convert(compiled)
+    dlkernels.convert(compiled)
     with calls(kernels=["mlp"]):
         torch.testing.assert_close(compiled(x), expected)
 

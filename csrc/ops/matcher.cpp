@@ -4,6 +4,7 @@
 
 #include "matcher.h"
 
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -118,7 +119,8 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   const Matcher& matcher = *static_cast<const Matcher*>(PyCapsule_GetPointer(self, nullptr));
   const Py_ssize_t begin = n == 3 ? PyLong_AsSsize_t(args[1]) : -1;
-  if (begin < 0 || !PyList_Check(args[0])) throw py::type_error("find(steps, begin, input)");
+  if (PyErr_Occurred()) throw python_error();
+  TORCH_CHECK_TYPE(begin >= 0 && PyList_Check(args[0]), "find: must be a list, an index, an input");
   return find(matcher, args[0], begin, args[2]).release().ptr();
   END_HANDLE_TH_ERRORS
 }

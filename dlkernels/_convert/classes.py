@@ -18,10 +18,7 @@ KNOWN = {}
 
 def are_unchanged(methods):
     """Whether each (class, name, function) is what it was."""
-    for cls, name, function in methods:
-        if getattr(cls, name) is not function:
-            return False
-    return True
+    return all(getattr(cls, name) is function for cls, name, function in methods)
 
 
 def in_place_of(cls, name, ours):
@@ -57,7 +54,7 @@ def replaces(torchs):
 
 
 def is_leaf_in_fx(forward):
-    """Decorates a forward: where torch.fx would trace PyTorch's module as one node, it does so here.
+    """Decorates a forward: torch.fx traces it as one node, where it would do so with PyTorch's.
 
     Its rule, ``Tracer.is_leaf_module``, knows PyTorch's classes alone: it is asked about a module
     of PyTorch's class with the same state.

@@ -14,8 +14,8 @@ from types import CodeType
 
 import torch
 
-from .classes import TORCHS
 from . import patterns
+from .classes import TORCHS
 from .patterns import METHOD_RELUS, POOLS, RELUS, is_one_of
 
 

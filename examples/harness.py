@@ -101,8 +101,7 @@ class Run:
     def __init__(self, kernels, model, loss_fn, make_optimizer):
         optim = torch.optim
         if kernels == "dlkernels":  # all that differs between the two
-            dlkernels.convert(model)
-            dlkernels.convert(loss_fn)
+            model, loss_fn = dlkernels.convert(model), dlkernels.convert(loss_fn)
             optim = dlkernels.optim
         self.model, self.loss_fn = model, loss_fn
         self.optimizer = make_optimizer(optim, model.parameters())

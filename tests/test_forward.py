@@ -12,7 +12,7 @@ from torch import nn
 
 import dlkernels
 from common import calls
-from dlkernels import _rewrite
+from dlkernels._convert import rewrite
 from models import assert_same, results
 
 
@@ -53,16 +53,25 @@ def images():
 def test_every_way_to_write_it():
     model, x = Functions(), images()
     expected, text = results(model, x), repr(model)
-    report = dlkernels.convert(model)
-    change = next(c for c in report.changed if c.name == "")
-    assert change.after == f"{change.before} (6 ReLUs fused)"
+    report = dlkernels.report(dlkernels.convert(model))
+    change = next(c for c in report.converted if c.name == "")
+    assert change.after == f"{change.before} (fused)"
+    assert sorted(report.fused) == [
+        ("", "conv2d_relu_max_pool2d", "conv1, F.relu, F.max_pool2d"),
+        ("", "conv2d_relu_max_pool2d", "conv2, F.relu, pool"),
+        ("", "known when it is called", "layer, torch.relu"),
+        ("", "known when it is called", "more[0], relu_"),
+        ("", "linear_relu", "fc1, act"),
+        ("", "linear_relu", "fc2, relu"),
+    ]
     assert isinstance(model, Functions) and repr(model) == text
     with calls(KERNELS):
         assert_same(results(model, x), expected)
-    assert not dlkernels.convert(model)
-    assert [c.name for c in dlkernels.convert(model, fuse=False).changed] == [""]
-    assert type(model) is Functions
-    assert dlkernels.convert(model) and len(dlkernels.revert(model)) == len(report)
+    kind = type(model)
+    assert type(dlkernels.convert(model)) is kind
+    assert type(dlkernels.convert(model, fuse=False)) is Functions
+    assert type(dlkernels.convert(model)) is kind
+    dlkernels.revert(model)
     assert type(model) is Functions and type(model.fc1) is nn.Linear
     with calls():
         assert_same(results(model, x), expected)
@@ -84,7 +93,7 @@ def test_copies():
     for loaded in (pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
         assert type(loaded) is Functions
         torch.testing.assert_close(loaded(x), expected)
-        assert dlkernels.convert(loaded)
+        dlkernels.convert(loaded)
         assert type(loaded) is type(model)
 
 
@@ -126,7 +135,7 @@ class Eventful(nn.Module):
 def test_the_rest_of_the_program_stays():
     model, x = Eventful(), torch.randn(3, 4)
     plain = copy.deepcopy(model)
-    assert "(1 ReLU fused)" in str(dlkernels.convert(model))
+    assert dlkernels.report(dlkernels.convert(model)).fused == [("", "linear_relu", "fc, F.relu")]
     assert model.forward.__doc__ == "Its text." and repr(model) == repr(plain).replace("!", "")
     for change in ("flag", "training"):
         for value in (True, False):
@@ -170,8 +179,8 @@ def test_modules_replaced_later():
     torch.testing.assert_close(model(x), model.layer(x).tanh())
     model.act, model.layer = nn.ReLU(), nn.Identity()
     assert torch.equal(model(x), x.relu())
-    assert [c.name for c in dlkernels.convert(model).changed] == ["", "act"]  # nothing to fuse now
-    assert type(model) is Pair
+    assert not dlkernels.report(model).fused
+    assert type(dlkernels.convert(model)) is Pair  # nothing to fuse now
     model.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     dlkernels.convert(model)
     torch.testing.assert_close(model(x), model.layer(x).relu())
@@ -188,7 +197,7 @@ def test_other_arguments_and_dtypes():
 
 
 def reasons(model):
-    return [m.reason for m in dlkernels.convert(model).left if m.name == ""]
+    return [m.reason for m in dlkernels.report(dlkernels.convert(model)).left if m.name == ""]
 
 
 PLAIN = "its forward is no plain method: asynchronous, a lambda, or it binds self anew"
@@ -254,10 +263,137 @@ def test_left_without_its_source(tmp_path):
     model = net(str(path))
     for other in (TEXT.replace("F.relu", "-F.relu"), "\n" + TEXT, "", "no Python"):
         path.write_text(other)
-        _rewrite._find.cache_clear()
+        rewrite._find.cache_clear()
         assert len(reasons(model)) == 1
         x = torch.randn(3, 4)
         torch.testing.assert_close(model(x), model.fc(x).relu())
     path.write_text(TEXT)
-    _rewrite._find.cache_clear()
-    assert dlkernels.convert(model).changed[0].after.endswith("(1 ReLU fused)")
+    rewrite._find.cache_clear()
+    assert dlkernels.report(dlkernels.convert(model)).fused == [("", "linear_relu", "fc, F.relu")]
+
+
+class Pooled(nn.Module):
+    """Pools that do more than the fused op."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.pool = nn.Conv2d(1, 2, 3), nn.MaxPool2d(2)
+
+    def forward(self, x):
+        a, indices = F.max_pool2d(F.relu(self.c(x)), 2, return_indices=True)
+        b = F.max_pool2d(F.relu(self.c(x)), 2, 2, 0, 1, True)
+        c = F.max_pool2d(F.relu(self.c(x)), kernel_size=3, stride=1, padding=1, ceil_mode=False)
+        return a + F.max_pool2d(b, 1) + c.mean() + indices + self.pool(F.relu(self.c(x)))
+
+
+def test_pools_in_a_forward():
+    model, x = Pooled(), images()
+    expected = results(model, x)
+    fused = dlkernels.report(dlkernels.convert(model)).fused
+    assert [row.op for row in fused] == ["conv2d_relu"] + 3 * ["conv2d_relu_max_pool2d"]
+    assert_same(results(model, x), expected)
+    model.pool.return_indices = True
+    with pytest.raises(TypeError):  # as PyTorch's: a tensor and a tuple
+        model(x)
+    assert len(dlkernels.report(model).fused) == 4
+    assert dlkernels.report(model).fused[-1].modules == "c, F.relu"
+
+
+def test_wrong_arguments_of_a_pool():
+    class Wrong(Pooled):
+        def forward(self, x, way):
+            if way == 0:
+                return F.max_pool2d(F.relu(self.c(x)), 2, kernel_size=2)
+            if way == 1:
+                return F.max_pool2d(F.relu(self.c(x)), size=2)
+            return F.max_pool2d(F.relu(self.c(x)))
+
+    model = dlkernels.convert(Wrong())
+    assert len(dlkernels.report(model).fused) == 3
+    for way in range(3):
+        with pytest.raises(TypeError, match="max_pool2d"):
+            model(images(), way)
+
+
+def edited(self, x):
+    return F.relu(self.layer(x)) + 100
+
+
+def test_classes_patched_later(monkeypatch):
+    plain, x = Pair(), torch.randn(3, 4)
+    model = dlkernels.convert(copy.deepcopy(plain))
+    assert type(model) is not Pair
+    with monkeypatch.context() as patch:
+        patch.setattr(Pair, "forward", edited)
+        torch.testing.assert_close(model(x), plain(x))
+        assert (model(x) >= 100).all() and not dlkernels.report(model).fused
+        again = dlkernels.convert(copy.deepcopy(model))  # the new one is rewritten
+        with calls({"linear_relu"}):
+            torch.testing.assert_close(again(x), plain(x))
+    torch.testing.assert_close(again(x), plain(x))
+    with monkeypatch.context() as patch:  # as IPython's autoreload does
+        patch.setattr(Pair.forward, "__code__", edited.__code__)
+        torch.testing.assert_close(model(x), plain(x))
+        assert (model(x) >= 100).all()
+    with monkeypatch.context() as patch:  # by way of the subclass, with a call of what it was
+        old = type(model).forward
+        patch.setattr(type(model), "forward", lambda self, x: old(self, x) + 100)
+        torch.testing.assert_close(model(x), plain(x) + 100)
+    with calls({"linear_relu"}):
+        torch.testing.assert_close(model(x), plain(x))
+
+
+class Counting(Pair):
+    calls = 0
+
+    def forward(self, x):
+        self.__class__.calls += 1
+        type(self).last = self.__class__.__name__
+        return F.relu(self.layer(x))
+
+    def another(self):
+        return type(self)()
+
+
+def test_attributes_of_the_class_are_one():
+    model = dlkernels.convert(Counting())
+    model(torch.randn(3, 4))
+    assert dlkernels.report(model).fused
+    assert (Counting.calls, Counting.last) == (1, "Counting")
+    assert isinstance(model.another(), Counting)
+    del type(model).last
+    assert not hasattr(Counting, "last")
+
+
+def test_classes_that_ask_for_their_own_class():
+    class OldSuper(Pair):
+        def train(self, mode=True):
+            super(self.__class__, self).train(mode)
+            return self
+
+        def forward(self, x):
+            return F.relu(self.layer(x))
+
+    class OldInit(Pair):
+        def __init__(self):
+            super(type(self), self).__init__()
+
+        def forward(self, x):
+            return F.relu(self.layer(x))
+
+    class Exact(Pair):
+        def forward(self, x):
+            if self.__class__ is not Exact:
+                raise TypeError
+            return F.relu(self.layer(x))
+
+    for cls, words in (
+        (OldSuper, "train says super(self.__class__, self)"),
+        (OldInit, "__init__ says super(type(self), self)"),
+        (Exact, "forward says self.__class__ is not Exact"),
+    ):
+        model = dlkernels.convert(cls())
+        assert type(model) is cls and type(model.layer) is dlkernels.nn.Linear
+        model.train().eval()(torch.randn(3, 4))
+        (reason,) = reasons(model)
+        assert words in reason

@@ -69,6 +69,8 @@ def is_leaf_in_fx(forward):
             object.__setattr__(twin, "__dict__", self.__dict__)
             if tracer.is_leaf_module(twin, path):
                 return tracer.create_proxy("call_module", path, (input, *args), kwargs)
+            if type(self) in TORCHS:
+                return cls.forward(twin, input, *args, **kwargs)
         return forward(self, input, *args, **kwargs)
 
     return leaf

@@ -29,11 +29,14 @@ def _chain(steps, layer, /, *args, **kwargs):
 
 
 class _Fused(type):
-    """The class of the subclasses. They exist in one process, so pickle writes their base; and what
-    is set on them is set on their base, of which they are to be no more than another form."""
+    """The class of the subclasses. They exist in one process, so pickle writes their base. Their
+    attributes are those of their base, which a method may set by ``self.__class__``."""
 
     def __setattr__(cls, name, value):
-        setattr(base_of(cls), name, value)
+        if name in vars(cls):
+            super().__setattr__(name, value)
+        else:
+            setattr(base_of(cls), name, value)
 
     def __delattr__(cls, name):
         delattr(base_of(cls), name)

@@ -120,7 +120,7 @@ def find_in_python(steps, begin, input):
     """(op, end, weights, biases) to run steps[begin:end] on `input` by, or None where
     steps[begin] is to be called: also where `input` is no plain tensor, or all modules are watched.
     """
-    if not functional._ours(input) or any(_GLOBAL_HOOKS) or not are_unchanged(_GLOBAL_METHODS):
+    if not functional._ours(input) or any(_GLOBAL_HOOKS):
         return None
     op, end = match(steps, begin)
     if op is None:
@@ -130,12 +130,13 @@ def find_in_python(steps, begin, input):
 
 
 # The same in C++, which torch.compile can't look into: in Python it takes longer than a small op.
+# Besides, nobody has replaced Module.__call__, which torch.export does while it traces.
 find_in_cpp = _C.matcher(KNOWN, _TREE, _GLOBAL_HOOKS, _GLOBAL_METHODS)
 
 
 def find():
     """The one of both to use now."""
-    return find_in_python if torch.compiler.is_dynamo_compiling() else find_in_cpp
+    return find_in_python if torch.compiler.is_compiling() else find_in_cpp
 
 
 # ---- what a forward calls in place of modules -----------------------------------------------

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from functools import partial
-from importlib import import_module
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from . import (
     report,
     steps,
 )
-from .case import PEERS, missing
-from .timing import Others, StepError, copy_roof, fma_roof, interleave
+from .case import PEERS, is_apart, missing, time_case
+from .timing import Failed, Others, attempts, copy_roof, fma_roof, interleave
+from .worker import Workers
 
 MODULES = (
     bench_linear_relu,
@@ -63,49 +64,45 @@ def providers(case, quick=False):
 WRONG = 1e-2  # nobody's rounding: as torch.compile's on AVX2
 
 
-def prepare(case, mode, builds):
-    """Builds every provider's step and calls it once.
+def prepare(case, mode, builds, workers=None):
+    """Builds every provider's step and calls it once; without `workers` all in this process.
 
     Returns:
         {name: step}, {name: its largest error against float64, of the largest value} and
-        {name: why it failed}: a peer may
+        {name: why it failed}: a peer may. The step of who is apart has a process of its own, and
+        calling it gives the seconds that a call took there.
     """
     inputs = case.arrays(mode)
     run, arrays = case.exact(inputs)
     exact = [np.array(a) for a in arrays(run())]
-    steps, errors, failed = {}, {}, {}
-    for name, build in builds.items():
-        try:
-            step, arrays = build(case, inputs)
-            results = arrays(step())
-        except Exception as error:
-            if name.startswith("dlkernels"):
-                raise
-            failed[name] = str(error).splitlines()[0]
-            continue
-        assert [r.shape for r in results] == [e.shape for e in exact], (name, case)
-        error = max(float(np.abs(r - e).max() / np.abs(e).max()) for r, e in zip(results, exact))
-        if error > WRONG and not name.startswith("dlkernels"):
-            failed[name] = f"its results are off by {error:.0e}"
+
+    def first(name):
+        if workers is not None and is_apart(name):
+            workers[name].begin(time_case, case, inputs, name)
+            step, results = workers[name].ask, workers[name].answer()
         else:
-            steps[name], errors[name] = step, error
+            step, arrays = builds[name](case, inputs)
+            results = arrays(step())
+        if [r.shape for r in results] != [e.shape for e in exact]:
+            raise Failed("its results are of other shapes")
+        error = max(float(np.abs(r - e).max() / np.abs(e).max()) for r, e in zip(results, exact))
+        if error > WRONG:
+            raise Failed(f"its results are off by {error:.0e}")
+        return step, error
+
+    failed = {}
+    found = attempts(first, builds, failed)
+    steps, errors = ({name: both[i] for name, both in found.items()} for i in range(2))
     return steps, errors, failed
 
 
-def run(case, mode, quick, machine):
+def run(case, mode, quick, machine, workers):
     """Time all providers of a case beside one another."""
-    steps, errors, failed = prepare(case, mode, providers(case, quick))
+    steps, errors, failed = prepare(case, mode, providers(case, quick), workers)
     others = Others()
     short = {"rounds": 10, "seconds": 0.3, "share": 1.0} if quick else {}
-    times = None
-    while not times:
-        try:
-            times = interleave(steps, **short)
-        except StepError as error:  # torch.compile's max-pool on AVX2 fails now and then
-            if error.name.startswith("dlkernels"):
-                raise
-            failed[error.name] = str(error)
-            del steps[error.name]
+    apart = {name: steps.pop(name) for name in list(steps) if is_apart(name)}
+    times = interleave(steps, failed, apart, **short)
     busy = others.cores()
     flops, size = case.flops(mode), case.bytes(mode)
     return {
@@ -120,13 +117,17 @@ def run(case, mode, quick, machine):
             "memory": size / copy_roof(case.footprint(mode)),
         },
         "busy_cores": busy,
-        "providers": {name: {"seconds": times[name], "error": errors[name]} for name in steps},
+        "providers": {
+            name: {"seconds": times[name], "error": error}
+            for name, error in errors.items()
+            if name in times
+        },
         "failed": failed,
     }
 
 
 def op_jobs(op, quick):
-    """What there is to run of an op: {what: function of the machine that returns a result}."""
+    """What there is to run of an op: {what: function of (machine, workers), returns a result}."""
     return {
         f"{op} {case} {mode}": partial(run, case, mode, quick)
         for case in cases(op, quick)
@@ -153,6 +154,7 @@ def machine():
     time.sleep(0.3)
     busy = others.cores()
     peers = [name for name in PEERS if name not in missing()]
+    installed = metadata.packages_distributions()  # no import: that could end this process
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -161,7 +163,7 @@ def machine():
         "python": platform.python_version(),
         "versions": {
             "torch": torch.__version__,
-            **{name: import_module(name).__version__ for name in peers},
+            **{name: metadata.version(installed[name][0]) for name in peers},
         },
         "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "date": datetime.date.today().isoformat(),
@@ -174,15 +176,16 @@ def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
-    jobs, results = {}, []
+    jobs = {}
     for name in names or ((*OPS, *steps.QUICK) if quick else JOBS):
         jobs |= JOBS[name](quick)
         if busy and name in steps.MODELS:
             jobs |= steps.jobs(name, quick, busy)
-    with report.progress(len(jobs)) as begin:
+    results = []
+    with report.progress(len(jobs)) as begin, Workers() as workers:
         for what, job in jobs.items():
             begin(what)
-            results.append(job(where))
+            results.append(job(where, workers))
     report.show(results)
     if json_file:
         json_file.write_text(json.dumps({"machine": where, "results": results}, indent=1))

@@ -1,0 +1,73 @@
+"""Nothing that a peer does ends the benchmark."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import planted
+from dlkernels.__main__ import main
+from dlkernels.benchmarks import suite
+from dlkernels.benchmarks.timing import Others
+from planted import FIRST, LATER, Planted
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(suite, "fma_roof", lambda: 1e9)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs `dlkernels bench` with peers that do (what, in which call): the results."""
+
+    def run(*peers):
+        cases = [Planted(1 << 10, *peer, tmp_path) for peer in peers]
+        jobs = {str(case): partial(suite.run, case, "forward", True) for case in cases}
+        monkeypatch.setitem(suite.JOBS, "relu", lambda quick: jobs)
+        main(["bench", "relu", "--json", str(tmp_path / "b.json")])
+        return json.loads((tmp_path / "b.json").read_text())["results"]
+
+    return run
+
+
+def test_a_peer_that_fails_is_a_line(bench, tmp_path, capsys):
+    results = bench((planted.aborts, LATER), (planted.raises, FIRST), (planted.computes, FIRST))
+    failed = ["died: SIGABRT: the last line", "MemoryError", None]
+    assert [result["failed"].get("jax planted") for result in results] == failed
+    assert "failed: jax planted, aborts: died: SIGABRT: the last line" in capsys.readouterr().out
+    for result in results:
+        assert {*result["providers"], *result["failed"]} == set(Planted.providers)
+        assert all(len(p["seconds"]) >= 10 for p in result["providers"].values())
+    peer = results[-1]["providers"]["jax planted"]
+    assert peer["error"] == 0 and 1e-3 < min(filter(None, peer["seconds"])) < 1
+    # Who has died gets another process, who has raised does not.
+    died, raised, last = (
+        (tmp_path / str(name)).read_text() for name in ("aborts", "raises", "computes")
+    )
+    assert died != raised == last and not Path(f"/proc/{last}").exists() and not Others.ours
+
+
+def test_a_peer_that_hangs_is_a_line(bench, monkeypatch):
+    monkeypatch.setattr("dlkernels.benchmarks.worker.LIMIT", 0.5)
+    (result,) = bench((planted.hangs, FIRST))
+    assert result["failed"] == {"jax planted": "gave no answer within 0.5 s"}
+    assert set(result["providers"]) == {"torch", "dlkernels"} and not Others.ours
+
+
+def test_our_own_failure_is_an_error(bench, monkeypatch):
+    def ours(case, inputs):
+        raise MemoryError
+
+    monkeypatch.setitem(Planted.providers, "dlkernels", ours)
+    monkeypatch.delitem(Planted.providers, "jax planted")
+    with pytest.raises(RuntimeError, match=r"^dlkernels: MemoryError$"):
+        bench((planted.computes, FIRST))
+
+
+def test_ctrl_c_leaves_no_process(bench, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench((planted.interrupts, FIRST))
+    assert stop.value.code == 130 and "stopped by Ctrl-C" in capsys.readouterr().err
+    assert not Path(f"/proc/{(tmp_path / 'interrupts').read_text()}").exists()

@@ -1,12 +1,15 @@
 """All cases, and what running one gives: a plain dict, which report.py shows and --json keeps."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import time
 from functools import partial
+from glob import glob
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -148,6 +151,15 @@ def cpu_model():
     return models[0] if models else platform.machine()
 
 
+def build():
+    """A digest of dlkernels, its sources in Python included."""
+    root, digest = Path(dlkernels.__file__).parent, hashlib.sha256()
+    for pattern in ("**/*.py", "*.so"):
+        for name in sorted(glob(pattern, root_dir=root, recursive=True)):
+            digest.update((root / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def machine():
     """What the times were taken on."""
     others = Others()
@@ -165,11 +177,37 @@ def machine():
             "torch": torch.__version__,
             **{name: metadata.version(installed[name][0]) for name in peers},
         },
+        "build": build(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "date": datetime.date.today().isoformat(),
         "flops_per_second": fma_roof(),
         "busy_cores": busy,
     }
+
+
+def save(file, where, quick, results, complete=False):
+    """Write what there is, so that the file is whole at any time."""
+    listed = [{"job": what, **result} for what, result in results.items()]
+    found = {"complete": complete, "quick": quick, "machine": where, "results": listed}
+    beside = file.with_name(f"{file.name}.part")
+    beside.write_text(json.dumps(found, indent=1))
+    os.replace(beside, file)
+
+
+CHANGES = ("date", "flops_per_second", "busy_cores")  # from run to run
+
+
+def earlier(file, where, quick):
+    """{job: result} of a run that was interrupted, of the same build on the same machine."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    if found.get("complete", True) or found["quick"] != quick:
+        return {}
+    if any(found["machine"].get(key) != where[key] for key in where if key not in CHANGES):
+        return {}
+    return {result["job"]: result for result in found["results"]}
 
 
 def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None):
@@ -181,15 +219,22 @@ def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None
         jobs |= JOBS[name](quick)
         if busy and name in steps.MODELS:
             jobs |= steps.jobs(name, quick, busy)
-    results = []
+    found = earlier(json_file, where, quick) if json_file else {}
+    results = {what: found[what] for what in jobs if what in found}
+    if results:
+        report.console.print(f"goes on from {len(results)} of {len(jobs)} results in {json_file}")
     with report.progress(len(jobs)) as begin, Workers() as workers:
         for what, job in jobs.items():
             begin(what)
-            results.append(job(where, workers))
-    report.show(results)
-    if json_file:
-        json_file.write_text(json.dumps({"machine": where, "results": results}, indent=1))
+            if what not in results:
+                results[what] = job(where, workers)
+                if json_file:
+                    save(json_file, where, quick, results)
+    results = {what: results[what] for what in jobs}  # in order
+    report.show(list(results.values()))
     if plot:
-        report.plot(plot, where, results)
+        report.plot(plot, where, list(results.values()))
     if readme:
-        report.write_readme(readme, plot, where, results)
+        report.write_readme(readme, plot, where, list(results.values()))
+    if json_file:
+        save(json_file, where, quick, results, complete=True)

@@ -1,4 +1,4 @@
-"""Nothing that a peer does ends the benchmark."""
+"""Nothing that a peer does ends the benchmark, and one that was interrupted goes on."""
 
 import json
 from functools import partial
@@ -71,3 +71,66 @@ def test_ctrl_c_leaves_no_process(bench, tmp_path, capsys):
         bench((planted.interrupts, FIRST))
     assert stop.value.code == 130 and "stopped by Ctrl-C" in capsys.readouterr().err
     assert not Path(f"/proc/{(tmp_path / 'interrupts').read_text()}").exists()
+
+
+# ---- going on ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch, capsys):
+    """Runs `dlkernels bench` on two jobs: what ran, what is in the file, what was said."""
+    provider = {"seconds": [1.0] * 5, "error": 0.0}
+    result = {
+        **{"op": "relu", "case": "8", "mode": "forward", "small": False, "failed": {}},
+        **{"roofs": {"memory": 1.0}, "busy_cores": 0.0},
+        "providers": {"torch": provider, "dlkernels": provider},
+    }
+
+    def run(interrupted=False, options=()):
+        ran = []
+
+        def job(name, machine, workers):
+            if interrupted and name == "b":
+                raise KeyboardInterrupt
+            ran.append(name)
+            return result
+
+        known = {name: partial(job, name) for name in "ab"}
+        monkeypatch.setitem(suite.JOBS, "relu", lambda quick: known)
+        arguments = ["bench", "relu", "--json", str(tmp_path / "b.json"), *options]
+        if interrupted:
+            with pytest.raises(SystemExit):
+                main(arguments)
+        else:
+            main(arguments)
+        found = json.loads((tmp_path / "b.json").read_text())
+        done = [result["job"] for result in found["results"]], found["complete"]
+        return ran, done, capsys.readouterr().out
+
+    return run
+
+
+def test_an_interrupted_benchmark_goes_on(jobs, tmp_path):
+    ran, done, _ = jobs(interrupted=True)
+    assert ran == ["a"] and done == (["a"], False)
+    ran, done, out = jobs()
+    assert ran == ["b"] and done == (["a", "b"], True)
+    assert f"goes on from 1 of 2 results in {tmp_path / 'b.json'}" in out
+    ran, done, out = jobs()  # a complete one starts anew
+    assert ran == ["a", "b"] and done == (["a", "b"], True) and "goes on" not in out
+
+
+@pytest.mark.parametrize("change", ["threads", "environment", "build", "quick", "no JSON"])
+def test_another_machine_starts_anew(jobs, tmp_path, monkeypatch, change):
+    jobs(interrupted=True)
+    options = ["--quick"] if change == "quick" else []
+    if change == "threads":
+        monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    elif change == "environment":
+        monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    elif change == "build":
+        monkeypatch.setattr(suite, "build", lambda: "another")
+    elif change == "no JSON":
+        (tmp_path / "b.json").write_text('{"complete": fal')
+    ran, done, out = jobs(options=options)
+    assert ran == ["a", "b"] and done == (["a", "b"], True) and "goes on" not in out

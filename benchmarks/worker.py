@@ -26,8 +26,7 @@ class Worker:
 
     def begin(self, job, *args):
         """Let job(*args) run until it yields: answer() has what."""
-        if self.process is None or self.process.poll() is not None:
-            self.close()
+        if self.process is None:
             self._start()
         self.said = os.fstat(self.output.fileno()).st_size
         self._send(partial(job, *args))
@@ -91,12 +90,6 @@ class Worker:
         self.close()
         return f"died: {how}" + (f": {said.splitlines()[-1]}" if said else "")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
 
 class Workers(dict):
     """{provider: its worker}, made when it is first asked for."""
@@ -126,6 +119,6 @@ def main(descriptor):
             answer = next(answers)
         except EOFError:  # the parent is gone
             return
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too
             failed = why(error)
         connection.send((answer, failed))

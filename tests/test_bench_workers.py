@@ -1,6 +1,8 @@
 """Nothing that a peer does ends the benchmark, and one that was interrupted goes on."""
 
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 import planted
 from dlkernels.__main__ import main
 from dlkernels.benchmarks import suite
-from dlkernels.benchmarks.timing import Others
+from dlkernels.benchmarks.timing import Failed, Others, cpu_time
+from dlkernels.benchmarks.worker import Workers
 from planted import FIRST, LATER, Planted
 
 
@@ -73,6 +76,16 @@ def test_ctrl_c_leaves_no_process(bench, tmp_path, capsys):
     assert not Path(f"/proc/{(tmp_path / 'interrupts').read_text()}").exists()
 
 
+def test_a_worker_that_is_killed():
+    with Workers() as workers:
+        workers["jax"].begin(planted.computes)
+        assert Others.ours == {workers["jax"].process.pid}  # its CPU time is not others'
+        os.kill(workers["jax"].process.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match=r"^died: SIGKILL, as when memory runs out"):
+            workers["jax"].answer()
+    assert cpu_time(os.getpid()) == pytest.approx(sum(os.times()[:4]), abs=0.1)
+
+
 # ---- going on ---------------------------------------------------------------------------------
 
 
@@ -134,3 +147,18 @@ def test_another_machine_starts_anew(jobs, tmp_path, monkeypatch, change):
         (tmp_path / "b.json").write_text('{"complete": fal')
     ran, done, out = jobs(options=options)
     assert ran == ["a", "b"] and done == (["a", "b"], True) and "goes on" not in out
+
+
+def test_what_is_written_is_whole(tmp_path, monkeypatch):
+    file = tmp_path / "b.json"
+    suite.save(file, {}, False, {"a": {}})
+    before = file.read_text()
+
+    def fills_the_disk(path, text):
+        path.write_bytes(text.encode()[:9])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fills_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        suite.save(file, {}, False, {"a": {}, "b": {}})
+    assert file.read_text() == before

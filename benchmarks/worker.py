@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 from .timing import Failed, Others, why
 
-LIMIT = 120  # seconds that an answer may take: that of the first may compile
+LIMIT = 300  # seconds for an answer: the first may import and compile on a machine with much to do
 
 
 class Worker:
@@ -86,9 +86,11 @@ class Worker:
         if how == "SIGKILL":
             how += ", as when memory runs out"
         self.output.seek(self.said)
-        said = self.output.read().decode(errors="replace").strip()
+        lines = self.output.read().decode(errors="replace").splitlines()
         self.close()
-        return f"died: {how}" + (f": {said.splitlines()[-1]}" if said else "")
+        # Its last words, which may stand before a stack trace.
+        said = [line for line in lines if line and not line.startswith((" ", "*"))]
+        return ": ".join(["died", how, *said[-1:]])
 
 
 class Workers(dict):

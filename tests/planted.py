@@ -14,7 +14,7 @@ FIRST, LATER = 1, 30  # calls of its step: the second is in a batch
 
 
 def aborts():
-    print("a line\nthe last line", flush=True)
+    print("a line\nthe last line\n*** stack trace: ***\n    @ 0x7f  f", flush=True)
     os.abort()
 
 

@@ -26,12 +26,15 @@ def missing():
     return [name for name in PEERS if util.find_spec(name) is None]
 
 
-# Compilers: what they make of a case can end the process, so they have one of their own.
-APART = ("compile", "jax", "tensorflow")
+# Who can end the process has one of its own.
+APART = ("jax", "tensorflow")
+# So can torch.compile, but on a heap of its own it would be no like of PyTorch's: it is tried in
+# another process, and then timed in this one.
+TRIED = ("compile",)
 
 
-def is_apart(provider):
-    return provider.split()[0] in APART
+def is_one_of(kinds, provider):
+    return provider.split()[0] in kinds
 
 
 def time_case(case, inputs, provider):

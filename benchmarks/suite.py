@@ -27,7 +27,7 @@ from . import (
     report,
     steps,
 )
-from .case import PEERS, is_apart, missing, time_case
+from .case import APART, PEERS, TRIED, is_one_of, missing, time_case
 from .timing import Failed, Others, attempts, copy_roof, fma_roof, interleave
 from .worker import Workers
 
@@ -80,10 +80,10 @@ def prepare(case, mode, builds, workers=None):
     exact = [np.array(a) for a in arrays(run())]
 
     def first(name):
-        if workers is not None and is_apart(name):
+        if workers is not None and is_one_of(APART + TRIED, name):
             workers[name].begin(time_case, case, inputs, name)
             step, results = workers[name].ask, workers[name].answer()
-        else:
+        if workers is None or not is_one_of(APART, name):
             step, arrays = builds[name](case, inputs)
             results = arrays(step())
         if [r.shape for r in results] != [e.shape for e in exact]:
@@ -104,7 +104,7 @@ def run(case, mode, quick, machine, workers):
     steps, errors, failed = prepare(case, mode, providers(case, quick), workers)
     others = Others()
     short = {"rounds": 10, "seconds": 0.3, "share": 1.0} if quick else {}
-    apart = {name: steps.pop(name) for name in list(steps) if is_apart(name)}
+    apart = {name: steps.pop(name) for name in list(steps) if is_one_of(APART, name)}
     times = interleave(steps, failed, apart, **short)
     busy = others.cores()
     flops, size = case.flops(mode), case.bytes(mode)

@@ -64,3 +64,11 @@ class Planted(ReLU):
 
     def __str__(self):
         return self.does.__name__
+
+
+class PlantedCompile(Planted):
+    providers: ClassVar = {
+        "torch": ReLU.providers["torch"],
+        "compile planted": planted,
+        "dlkernels": ReLU.providers["dlkernels"],
+    }

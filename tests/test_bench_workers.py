@@ -25,11 +25,11 @@ def quick(monkeypatch):
 def bench(tmp_path, monkeypatch):
     """Runs `dlkernels bench` with peers that do (what, in which call): the results."""
 
-    def run(*peers):
-        cases = [Planted(1 << 10, *peer, tmp_path) for peer in peers]
+    def run(*peers, kind=Planted):
+        cases = [kind(1 << 10, *peer, tmp_path) for peer in peers]
         jobs = {str(case): partial(suite.run, case, "forward", True) for case in cases}
         monkeypatch.setitem(suite.JOBS, "relu", lambda quick: jobs)
-        main(["bench", "relu", "--json", str(tmp_path / "b.json")])
+        assert not main(["bench", "relu", "--json", str(tmp_path / "b.json")])  # exit status 0
         return json.loads((tmp_path / "b.json").read_text())["results"]
 
     return run
@@ -50,6 +50,14 @@ def test_a_peer_that_fails_is_a_line(bench, tmp_path, capsys):
         (tmp_path / str(name)).read_text() for name in ("aborts", "raises", "computes")
     )
     assert died != raised == last and not Path(f"/proc/{last}").exists() and not Others.ours
+
+
+def test_torch_compile_is_tried_elsewhere(bench):
+    peers = (planted.aborts, FIRST), (planted.computes, FIRST)
+    died, works = bench(*peers, kind=planted.PlantedCompile)
+    assert died["failed"] == {"compile planted": "died: SIGABRT: the last line"}
+    assert set(died["providers"]) == {"torch", "dlkernels"}
+    assert set(works["providers"]) == set(planted.PlantedCompile.providers)
 
 
 def test_a_peer_that_hangs_is_a_line(bench, monkeypatch):

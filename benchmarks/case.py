@@ -5,6 +5,7 @@ arrays(what run() returned) are NumPy arrays in PyTorch's layout, the output bef
 `inputs` are NumPy arrays by name; without "grad_y" the step is the forward pass alone.
 """
 
+import gc
 from dataclasses import dataclass
 from importlib import util
 from types import SimpleNamespace
@@ -16,11 +17,38 @@ import torch.nn.functional as F
 
 import dlkernels.functional as ours
 
+from .timing import turn
+
 PEERS = ("numpy", "jax", "tensorflow")  # those of the providers that may be missing
 
 
 def missing():
     return [name for name in PEERS if util.find_spec(name) is None]
+
+
+# Who can end the process has one of its own.
+APART = ("jax", "tensorflow")
+# So can torch.compile, but on a heap of its own it would be no like of PyTorch's: it is tried in
+# another process, and then timed in this one.
+TRIED = ("compile",)
+
+
+def is_one_of(kinds, provider):
+    return provider.split()[0] in kinds
+
+
+def time_case(case, inputs, provider):
+    """The job of a provider's worker: yields its first results, then always the seconds a call."""
+    gc.enable()
+    step, arrays = case.providers[provider](case, inputs)
+    results = [np.array(a) for a in arrays(step())]  # copies, as a step may write to its last ones
+    take_turn = turn(step)
+    yield results
+    del results
+    gc.collect()
+    gc.disable()  # as in timing.interleave()
+    while True:
+        yield take_turn()
 
 
 @dataclass(frozen=True)

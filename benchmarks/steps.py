@@ -4,18 +4,22 @@ In one process they would live on one another's warm heap and threads. The proce
 that a change of the machine's speed meets all alike, and sleep while another one's is timed.
 """
 
-import json
+import importlib
+import math
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
+import dlkernels
+
+from . import models
 from .case import missing
 from .models import MODELS, torch_step
-from .timing import Others, take_turns
+from .timing import Others, attempts, batch, clock, take_turns
+from .worker import Workers
 
 QUICK = ("mlp", "cnn")  # what --quick times
 # Who takes part, and whether under --quick: not what takes seconds to compile, nor what is only
@@ -36,44 +40,54 @@ PROVIDERS = {
 }
 
 
-class Worker:
-    """A process that times the steps of one provider: see worker.py."""
+# What the first step would import: no part of the step's memory.
+IMPORTS = {"compile": "torch._inductor.compile_fx", "jax": "jax", "tensorflow": "tensorflow"}
+WARM_UP = 0.5  # seconds
+TURN = 0.05  # seconds: in between, another process has had the caches and the cores
 
-    def __init__(self, *arguments):
-        # The modules of this process, whatever the working directory holds: the source tree, say.
-        run = f"import sys; sys.path = {sys.path}; from dlkernels.benchmarks import worker"
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", f"{run}; worker.main(*{arguments})"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
 
-    def wait(self):
-        """Until it has imported all that it needs, or has died."""
-        self.process.stdout.readline()
+def memory(name):
+    """Bytes of this process, as /proc calls them."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
 
-    def ask(self):
-        """Its next answer, or a RuntimeError with the last line that it said before it died."""
-        with suppress(BrokenPipeError):
-            print(file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        code = self.process.wait()
-        self.errors.seek(0)
-        said = self.errors.read().split("\n")
-        raise RuntimeError(next(filter(None, reversed(said)), f"exit status {code}"))
 
-    def __enter__(self):
-        return self
+def peak(step):
+    """The most memory that this process has during a step, without the libraries in it."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forgets the peak of compiling
+    step()
+    return memory("VmHWM") - memory("RssFile")
 
-    def __exit__(self, *exception):
-        self.process.kill()
-        self.process.communicate()  # closes the pipes and waits
-        self.errors.close()
+
+def time_step(model, batch_size, provider):
+    """A worker's job: yields, when all is imported, why it can take no part, or None; when it has
+    warmed up, the losses of its first steps and its peak memory; then always the seconds a step."""
+    if provider.endswith(" tuned") and not dlkernels.tune_allocator():
+        yield "the allocator is not glibc's"
+    importlib.import_module(IMPORTS.get(provider.split()[0], "torch._dynamo"))
+    yield None
+
+    before = memory("RssAnon")
+    step = models.build(provider, models.MODELS[model], batch_size)
+
+    def steps(n):
+        for _ in range(n):
+            loss = step()
+        return float(loss)  # JAX may not have computed it before
+
+    losses = [steps(1) for _ in range(2)]
+    begin, done = clock(), 0
+    while clock() - begin < WARM_UP:
+        steps(1)
+        done += 1
+    seconds = (clock() - begin) / done
+    yield {"losses": losses, "peak": peak(partial(steps, 3)) - before}
+
+    while True:
+        n = math.ceil(TURN / seconds)
+        seconds = batch(partial(steps, n), n * seconds) / n
+        yield seconds
 
 
 class Load:
@@ -98,36 +112,41 @@ def providers(model, quick):
     ]
 
 
-def run(model_name, batch, names, busy, quick, machine):
+def begin(names, model, batch, workers, failed):
+    """{provider: losses and peak memory} of those that warmed up."""
+    for name in names:  # all at once: most of it is imports
+        workers[name].begin(time_step, model, batch, name)
+    ready = attempts(lambda name: workers[name].answer(), names, failed)
+    failed |= {name: absent for name, absent in ready.items() if absent}
+    ready = [name for name, absent in ready.items() if not absent]
+    return attempts(lambda name: workers[name].ask(), ready, failed)
+
+
+def run(model_name, batch, names, busy, quick, *_):
     """Time the training steps of one model beside one another; `busy`: with a core taken away."""
     model, others = MODELS[model_name], Others()
     exact = torch_step(model, batch, dtype=torch.float64)
     exact_losses = [float(exact()) for _ in range(2)]
-    found, failed = {}, {}
+    failed = {}
     with ExitStack() as stack:
-        workers = {p: stack.enter_context(Worker(model_name, batch, p)) for p in names}
-        for worker in workers.values():
-            worker.wait()
-        for provider, worker in workers.items():
-            try:
-                found[provider] = worker.ask()
-            except RuntimeError as error:
-                failed[provider] = str(error)
+        workers = stack.enter_context(Workers())
+        found = begin(names, model_name, batch, workers, failed)
         if busy:
             stack.enter_context(Load())
         limits = {"rounds": 10, "seconds": 0, "share": 1.0} if quick else {"share": 4.0}
-        times = take_turns({p: workers[p].ask for p in found}, **limits)
-    for provider, result in found.items():
+        times = take_turns({p: workers[p].ask for p in found}, failed, **limits)
+    for provider, seconds in times.items():
+        result = found[provider]
         losses = result.pop("losses")
         result["error"] = max(abs(a - b) / b for a, b in zip(losses, exact_losses))
-        result["seconds"] = times[provider]
+        result["seconds"] = seconds
     return {
         "op": "step",
         "case": f"{model.text}, batch {batch}{', a core busy' if busy else ''}",
         "mode": "train",
         "small": False,
         "busy_cores": others.cores(),
-        "providers": found,
+        "providers": {provider: found[provider] for provider in times},
         "failed": failed,
     }
 

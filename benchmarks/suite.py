@@ -1,12 +1,15 @@
 """All cases, and what running one gives: a plain dict, which report.py shows and --json keeps."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import time
 from functools import partial
-from importlib import import_module
+from glob import glob
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +27,9 @@ from . import (
     report,
     steps,
 )
-from .case import PEERS, missing
-from .timing import Others, StepError, copy_roof, fma_roof, interleave
+from .case import APART, PEERS, TRIED, is_one_of, missing, time_case
+from .timing import Failed, Others, attempts, copy_roof, fma_roof, interleave
+from .worker import Workers
 
 MODULES = (
     bench_linear_relu,
@@ -63,49 +67,45 @@ def providers(case, quick=False):
 WRONG = 1e-2  # nobody's rounding: as torch.compile's on AVX2
 
 
-def prepare(case, mode, builds):
-    """Builds every provider's step and calls it once.
+def prepare(case, mode, builds, workers=None):
+    """Builds every provider's step and calls it once; without `workers` all in this process.
 
     Returns:
         {name: step}, {name: its largest error against float64, of the largest value} and
-        {name: why it failed}: a peer may
+        {name: why it failed}: a peer may. The step of who is apart has a process of its own, and
+        calling it gives the seconds that a call took there.
     """
     inputs = case.arrays(mode)
     run, arrays = case.exact(inputs)
     exact = [np.array(a) for a in arrays(run())]
-    steps, errors, failed = {}, {}, {}
-    for name, build in builds.items():
-        try:
-            step, arrays = build(case, inputs)
+
+    def first(name):
+        if workers is not None and is_one_of(APART + TRIED, name):
+            workers[name].begin(time_case, case, inputs, name)
+            step, results = workers[name].ask, workers[name].answer()
+        if workers is None or not is_one_of(APART, name):
+            step, arrays = builds[name](case, inputs)
             results = arrays(step())
-        except Exception as error:
-            if name.startswith("dlkernels"):
-                raise
-            failed[name] = str(error).splitlines()[0]
-            continue
-        assert [r.shape for r in results] == [e.shape for e in exact], (name, case)
+        if [r.shape for r in results] != [e.shape for e in exact]:
+            raise Failed("its results are of other shapes")
         error = max(float(np.abs(r - e).max() / np.abs(e).max()) for r, e in zip(results, exact))
-        if error > WRONG and not name.startswith("dlkernels"):
-            failed[name] = f"its results are off by {error:.0e}"
-        else:
-            steps[name], errors[name] = step, error
+        if error > WRONG:
+            raise Failed(f"its results are off by {error:.0e}")
+        return step, error
+
+    failed = {}
+    found = attempts(first, builds, failed)
+    steps, errors = ({name: both[i] for name, both in found.items()} for i in range(2))
     return steps, errors, failed
 
 
-def run(case, mode, quick, machine):
+def run(case, mode, quick, machine, workers):
     """Time all providers of a case beside one another."""
-    steps, errors, failed = prepare(case, mode, providers(case, quick))
+    steps, errors, failed = prepare(case, mode, providers(case, quick), workers)
     others = Others()
     short = {"rounds": 10, "seconds": 0.3, "share": 1.0} if quick else {}
-    times = None
-    while not times:
-        try:
-            times = interleave(steps, **short)
-        except StepError as error:  # torch.compile's max-pool on AVX2 fails now and then
-            if error.name.startswith("dlkernels"):
-                raise
-            failed[error.name] = str(error)
-            del steps[error.name]
+    apart = {name: steps.pop(name) for name in list(steps) if is_one_of(APART, name)}
+    times = interleave(steps, failed, apart, **short)
     busy = others.cores()
     flops, size = case.flops(mode), case.bytes(mode)
     return {
@@ -120,13 +120,17 @@ def run(case, mode, quick, machine):
             "memory": size / copy_roof(case.footprint(mode)),
         },
         "busy_cores": busy,
-        "providers": {name: {"seconds": times[name], "error": errors[name]} for name in steps},
+        "providers": {
+            name: {"seconds": times[name], "error": error}
+            for name, error in errors.items()
+            if name in times
+        },
         "failed": failed,
     }
 
 
 def op_jobs(op, quick):
-    """What there is to run of an op: {what: function of the machine that returns a result}."""
+    """What there is to run of an op: {what: function of (machine, workers), returns a result}."""
     return {
         f"{op} {case} {mode}": partial(run, case, mode, quick)
         for case in cases(op, quick)
@@ -147,12 +151,22 @@ def cpu_model():
     return models[0] if models else platform.machine()
 
 
+def build():
+    """A digest of dlkernels, its sources in Python included."""
+    root, digest = Path(dlkernels.__file__).parent, hashlib.sha256()
+    for pattern in ("**/*.py", "*.so"):
+        for name in sorted(glob(pattern, root_dir=root, recursive=True)):
+            digest.update((root / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def machine():
     """What the times were taken on."""
     others = Others()
     time.sleep(0.3)
     busy = others.cores()
     peers = [name for name in PEERS if name not in missing()]
+    installed = metadata.packages_distributions()  # no import: that could end this process
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -161,8 +175,9 @@ def machine():
         "python": platform.python_version(),
         "versions": {
             "torch": torch.__version__,
-            **{name: import_module(name).__version__ for name in peers},
+            **{name: metadata.version(installed[name][0]) for name in peers},
         },
+        "build": build(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "date": datetime.date.today().isoformat(),
         "flops_per_second": fma_roof(),
@@ -170,23 +185,56 @@ def machine():
     }
 
 
+def save(file, where, quick, results, complete=False):
+    """Write what there is, so that the file is whole at any time."""
+    listed = [{"job": what, **result} for what, result in results.items()]
+    found = {"complete": complete, "quick": quick, "machine": where, "results": listed}
+    beside = file.with_name(f"{file.name}.part")
+    beside.write_text(json.dumps(found, indent=1))
+    os.replace(beside, file)
+
+
+CHANGES = ("date", "flops_per_second", "busy_cores")  # from run to run
+
+
+def earlier(file, where, quick):
+    """{job: result} of a run that was interrupted, of the same build on the same machine."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    if found.get("complete", True) or found["quick"] != quick:
+        return {}
+    if any(found["machine"].get(key) != where[key] for key in where if key not in CHANGES):
+        return {}
+    return {result["job"]: result for result in found["results"]}
+
+
 def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None):
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
-    jobs, results = {}, []
+    jobs = {}
     for name in names or ((*OPS, *steps.QUICK) if quick else JOBS):
         jobs |= JOBS[name](quick)
         if busy and name in steps.MODELS:
             jobs |= steps.jobs(name, quick, busy)
-    with report.progress(len(jobs)) as begin:
+    found = earlier(json_file, where, quick) if json_file else {}
+    results = {what: found[what] for what in jobs if what in found}
+    if results:
+        report.console.print(f"goes on from {len(results)} of {len(jobs)} results in {json_file}")
+    with report.progress(len(jobs)) as begin, Workers() as workers:
         for what, job in jobs.items():
             begin(what)
-            results.append(job(where))
-    report.show(results)
-    if json_file:
-        json_file.write_text(json.dumps({"machine": where, "results": results}, indent=1))
+            if what not in results:
+                results[what] = job(where, workers)
+                if json_file:
+                    save(json_file, where, quick, results)
+    results = {what: results[what] for what in jobs}  # in order
+    report.show(list(results.values()))
     if plot:
-        report.plot(plot, where, results)
+        report.plot(plot, where, list(results.values()))
     if readme:
-        report.write_readme(readme, plot, where, results)
+        report.write_readme(readme, plot, where, list(results.values()))
+    if json_file:
+        save(json_file, where, quick, results, complete=True)

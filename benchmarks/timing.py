@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -32,42 +33,59 @@ def batch(step, seconds):
     return (clock() - begin) / calls
 
 
-class StepError(Exception):
-    """A step raised: `name` is whose."""
-
-    def __init__(self, name, error):
-        super().__init__(str(error).splitlines()[0])
-        self.name = name
+class Failed(Exception):
+    """Why a provider failed, in words that need no name of an exception beside them."""
 
 
-def named(name, f):
-    try:
-        return f()
-    except Exception as error:
-        raise StepError(name, error) from error
+def why(error):
+    """An exception in a line."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if isinstance(error, Failed) else f"{type(error).__name__}: {line}".rstrip(": ")
 
 
-def interleave(steps, **limits):
-    """Time steps, {name: callable}, in turns: see take_turns()."""
-    turns = {}
+def note(failed, name, error):
+    """Keep in `failed`, {name: why}, that a peer failed. If one of ours did, that is an error."""
+    if name.startswith("dlkernels"):
+        raise RuntimeError(f"{name}: {why(error)}") from error
+    failed[name] = why(error)
+
+
+def attempts(f, names, failed):
+    """{name: f(name)} of those that it works for: see note()."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = f(name)
+        except Exception as error:
+            note(failed, name, error)
+    return found
+
+
+def interleave(steps, failed, apart=(), **limits):
+    """Time steps, {name: callable}, in turns, and what times itself `apart`: see take_turns()."""
     gc.collect()
     gc.disable()  # a collection would be some step's bad luck
     try:
-        for name, step in steps.items():  # the first call may compile, the next ones are warm
-            named(name, step)
-            begin = clock()
-            named(name, step)
-            turns[name] = partial(named, name, partial(batch, step, clock() - begin))
-        return take_turns(turns, **limits)
+        turns = attempts(lambda name: turn(steps[name]), steps, failed)
+        return take_turns(turns | dict(apart), failed, **limits)
     finally:
         gc.enable()
 
 
-def take_turns(turns, rounds=30, seconds=1.0, share=2.0):
+def turn(step):
+    """The function that times one batch of a step."""
+    step()  # may compile, the next ones are warm
+    begin = clock()
+    step()
+    return partial(batch, step, clock() - begin)
+
+
+def take_turns(turns, failed, rounds=30, seconds=1.0, share=2.0):
     """Call every function of `turns`, {name: function that times one batch}, in each round once.
 
     Each round is in another order. It takes `rounds` rounds and `seconds` seconds at least. Who has
-    had `share` seconds sits out after five rounds.
+    had `share` seconds sits out after five rounds. Who fails is noted in `failed` and takes no
+    further part.
 
     Returns:
         {name: [seconds a call in each round, None where it sat out]}
@@ -76,16 +94,20 @@ def take_turns(turns, rounds=30, seconds=1.0, share=2.0):
     spent = dict.fromkeys(turns, 0.0)
     begin, done = clock(), 0
     while done < rounds or clock() - begin < seconds:
-        active = [name for name in turns if done < 5 or spent[name] < share]
+        active = [name for name in times if done < 5 or spent[name] < share]
         if not active:
             break
         for name in random.sample(active, len(active)):
             start = clock()
-            times[name].append(turns[name]())
+            try:
+                times[name].append(turns[name]())
+            except Exception as error:
+                note(failed, name, error)
+                del times[name]
             spent[name] += clock() - start
         done += 1
-        for name in turns:
-            times[name] += [None] * (done - len(times[name]))
+        for taken in times.values():
+            taken += [None] * (done - len(taken))
     return times
 
 
@@ -125,11 +147,20 @@ def copy_roof(size):
 
 # ---- load -----------------------------------------------------------------------------------
 
+TICKS = os.sysconf("SC_CLK_TCK")  # a second, as /proc counts CPU time
+
+
+def cpu_time(pid):
+    """Seconds of CPU time of a child that lives, and of those that it has waited for."""
+    with open(f"/proc/{pid}/stat") as file:  # the name, in parentheses, may hold anything
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / TICKS
+
 
 class Others:
     """CPU time of other processes since this was made."""
 
     BUSY = 0.2  # cores: an OpenMP region waits for its slowest thread
+    ours: ClassVar = set()  # the pids of living children that are no others
 
     def __init__(self):
         self.begin = self._now()
@@ -139,8 +170,8 @@ class Others:
             user, nice, system, _idle, _wait, irq, softirq, stolen = map(
                 int, file.readline().split()[1:9]
             )
-        machine = (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
-        return clock(), machine - sum(os.times()[:4])
+        machine = (user + nice + system + irq + softirq + stolen) / TICKS
+        return clock(), machine - sum(os.times()[:4]) - sum(map(cpu_time, self.ours))
 
     def cores(self):
         """How many cores they kept busy."""

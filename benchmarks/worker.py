@@ -1,68 +1,126 @@
-"""One provider's training step, in a process of its own that steps.py starts and asks.
+"""A provider in a process of its own: nothing that happens to it happens to another.
 
-It says "ready" when all is imported, and then answers each line on its standard input: the first,
-when it has warmed up, with the losses of its first steps and its peak memory, and all others with
-the seconds a step.
+The process runs a job, a generator function, as far as it is asked, and sleeps in between. What the
+job yields comes back through a pipe.
 """
 
-import importlib
-import json
-import math
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
-import dlkernels
+from .timing import Failed, Others, why
 
-from . import models
-from .timing import batch, clock
-
-# What the first step would import: no part of the step's memory.
-IMPORTS = {"compile": "torch._inductor.compile_fx", "jax": "jax", "tensorflow": "tensorflow"}
-WARM_UP = 0.5  # seconds
-TURN = 0.05  # seconds: in between, another process has had the caches and the cores
+LIMIT = 300  # seconds for an answer: the first may import and compile on a machine with much to do
 
 
-def memory(name):
-    """Bytes of this process, as /proc calls them."""
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+class Worker:
+    """The process, as its parent sees it. It is started when a job begins, and again if it died."""
+
+    process = None
+
+    def begin(self, job, *args):
+        """Let job(*args) run until it yields: answer() has what."""
+        if self.process is None:
+            self._start()
+        self.said = os.fstat(self.output.fileno()).st_size
+        self._send(partial(job, *args))
+
+    def answer(self):
+        """What the job yielded; Failed if it raised, died or took too long."""
+        try:
+            if not self.connection.poll(LIMIT):
+                self.close()
+                raise Failed(f"gave no answer within {LIMIT:g} s")
+            answer, failed = self.connection.recv()
+        except (EOFError, OSError):
+            raise Failed(self._death()) from None
+        if failed:
+            raise Failed(failed)
+        return answer
+
+    def ask(self):
+        """What the job yields next."""
+        self._send(None)
+        return self.answer()
+
+    def close(self):
+        if self.process:
+            # With what it started: a compiler, say.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            Others.ours.remove(self.process.pid)
+            self.connection.close()
+            self.output.close()
+            self.process = None
+
+    def _start(self):
+        # The modules of this process, whatever the working directory holds: the source tree, say.
+        run = f"import sys; sys.path = {sys.path}; from dlkernels.benchmarks import worker"
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
+        self.connection, its = Pipe()
+        with its:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", f"{run}; worker.main({its.fileno()})"],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=self.output,
+                start_new_session=True,  # Ctrl-C is for the parent, which closes it
+            )
+        Others.ours.add(self.process.pid)
+
+    def _send(self, message):
+        with suppress(OSError):  # it died: answer() says how
+            self.connection.send(message)
+
+    def _death(self):
+        code = self.process.wait()
+        how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+        if how == "SIGKILL":
+            how += ", as when memory runs out"
+        self.output.seek(self.said)
+        lines = self.output.read().decode(errors="replace").splitlines()
+        self.close()
+        # Its last words, which may stand before a stack trace.
+        said = [line for line in lines if line and not line.startswith((" ", "*"))]
+        return ": ".join(["died", how, *said[-1:]])
 
 
-def peak(step):
-    """The most memory that this process has during a step, without the libraries in it."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forgets the peak of compiling
-    step()
-    return memory("VmHWM") - memory("RssFile")
+class Workers(dict):
+    """{provider: its worker}, made when it is first asked for."""
+
+    def __missing__(self, provider):
+        self[provider] = Worker()
+        return self[provider]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for worker in self.values():
+            worker.close()
 
 
-def main(model, batch_size, provider):
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no answer
-    if provider.endswith(" tuned") and not dlkernels.tune_allocator():
-        sys.exit("the allocator is not glibc's")
-    importlib.import_module(IMPORTS.get(provider.split()[0], "torch._dynamo"))
-    print("ready", file=answers)
-    sys.stdin.readline()
-
-    before = memory("RssAnon")
-    step = models.build(provider, models.MODELS[model], batch_size)
-
-    def steps(n):
-        for _ in range(n):
-            loss = step()
-        return float(loss)  # JAX may not have computed it before
-
-    losses = [steps(1) for _ in range(2)]
-    begin, done = clock(), 0
-    while clock() - begin < WARM_UP:
-        steps(1)
-        done += 1
-    seconds = (clock() - begin) / done
-    print(json.dumps({"losses": losses, "peak": peak(partial(steps, 3)) - before}), file=answers)
-
-    for _ in sys.stdin:
-        n = math.ceil(TURN / seconds)
-        seconds = batch(partial(steps, n), n * seconds) / n
-        print(seconds, file=answers)
+def main(descriptor):
+    """What the process does: a message is a job to begin, or None for what the last one yields."""
+    connection, answers = Connection(descriptor), None
+    while True:
+        answer = failed = None
+        try:
+            job = connection.recv()
+            if job:
+                answers = None  # the last job's memory is free before this one takes some
+                answers = job()
+            answer = next(answers)
+        except EOFError:  # the parent is gone
+            return
+        except BaseException as error:  # SystemExit, too
+            failed = why(error)
+        connection.send((answer, failed))

@@ -1,6 +1,8 @@
 """Whole steps: every provider trains the same model, and processes of theirs are timed."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_every_provider_trains_the_same_model(ieee, name, provider):
 def test_processes_are_timed(monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)  # whose dlkernels is not built
     names = ["torch", "nonsense", "dlkernels"]
-    result = steps.run("mlp", 32, names, busy=True, quick=True, machine=None)
+    result = steps.run("mlp", 32, names, busy=True, quick=True)
     assert list(result["providers"]) == ["torch", "dlkernels"]
     for provider in result["providers"].values():
         seconds = [s for s in provider["seconds"] if s]
@@ -43,12 +45,26 @@ def test_processes_are_timed(monkeypatch, capsys):
 
 
 def test_results_without_us_or_peers_are_shown_as_failed(capsys):
-    result = steps.run("mlp", 32, ["torch", "nonsense"], busy=False, quick=True, machine=None)
+    result = steps.run("mlp", 32, ["torch", "nonsense"], busy=False, quick=True)
     report.show([result])
     assert "failed: nonsense, MLP 784-256-10, batch 32: KeyError" in capsys.readouterr().out
     assert list(report.tables([result])) == [
         "Time and peak memory of all; tuned: after dlkernels.tune_allocator()"
     ]
+
+
+def test_our_own_failure_is_an_error():
+    with pytest.raises(RuntimeError, match=r"^dlkernels nonsense: KeyError: "):
+        steps.run("mlp", 32, ["dlkernels nonsense"], busy=False, quick=True)
+
+
+def test_another_allocator_is_no_error(monkeypatch):
+    monkeypatch.setattr("dlkernels.tune_allocator", lambda: False)
+    here = SimpleNamespace()  # a worker's part, in this process
+    here.begin = lambda job, *args: setattr(here, "answer", partial(next, job(*args)))
+    failed = {}
+    assert not steps.begin(["dlkernels tuned"], "mlp", 32, {"dlkernels tuned": here}, failed)
+    assert failed == {"dlkernels tuned": "the allocator is not glibc's"}
 
 
 def test_jobs():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import dlkernels.benchmarks
 from dlkernels.__main__ import main
 from dlkernels.benchmarks import report, suite
-from dlkernels.benchmarks.timing import interleave, median, ratio
+from dlkernels.benchmarks.timing import Failed, interleave, median, ratio
+from dlkernels.benchmarks.worker import Workers
 
 SMALL = [
     pytest.param(case, mode, id=f"{op} {mode}")
@@ -22,10 +24,16 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module")
+def workers():
+    with Workers() as workers:
+        yield workers
+
+
 @pytest.mark.parametrize(("case", "mode"), SMALL)
-def test_every_provider_computes_the_same(case, mode):
+def test_every_provider_computes_the_same(case, mode, workers):
     # prepare() itself checks that there are as many results, of the same shapes.
-    _, errors, failed = suite.prepare(case, mode, suite.providers(case))
+    _, errors, failed = suite.prepare(case, mode, suite.providers(case), workers)
     assert not failed
     assert {"python", "numpy", "torch", "compile", "dlkernels"} <= set(errors)
     assert all(error < 5e-6 for error in errors.values()), errors
@@ -65,7 +73,7 @@ def fake_clock(monkeypatch):
 
 def test_interleave(fake_clock):
     steps = {"a": lambda: fake_clock(0.001), "b": lambda: fake_clock(0.004)}
-    times = interleave(steps, rounds=8, seconds=0)
+    times = interleave(steps, {}, rounds=8, seconds=0)
     assert [len(t) for t in times.values()] == [8, 8]
     assert ratio(times["b"], times["a"]) == pytest.approx([4, 4, 4])
     assert median(times["b"]) == pytest.approx(0.004)
@@ -73,14 +81,39 @@ def test_interleave(fake_clock):
 
 def test_interleave_lets_slow_steps_sit_out(fake_clock):
     steps = {"slow": lambda: fake_clock(3.0), "quick": lambda: fake_clock(0.001)}
-    times = interleave(steps, rounds=30, seconds=0)
+    times = interleave(steps, {}, rounds=30, seconds=0)
     assert [t is None for t in times["slow"]] == [False] * 5 + [True] * 25
     assert None not in times["quick"]
     assert ratio(times["slow"], times["quick"])[1] == pytest.approx(3000)
 
 
 def test_interleave_ends_when_all_sit_out(fake_clock):
-    assert len(interleave({"slow": lambda: fake_clock(3.0)})["slow"]) == 5
+    assert len(interleave({"slow": lambda: fake_clock(3.0)}, {})["slow"]) == 5
+
+
+def test_interleave_goes_on_without_who_fails(fake_clock):
+    calls = []
+
+    def fails(at):
+        calls.append(at)
+        fake_clock(0.004)
+        if len(calls) == at:
+            raise MemoryError("no room\nfor it")
+
+    def apart():
+        raise Failed("died: SIGABRT")
+
+    for name in ("a", "dlkernels"):
+        for at in (1, 2, 9):  # while it is prepared, and in a batch
+            calls.clear()
+            steps, failed = {"torch": lambda: fake_clock(0.001), name: partial(fails, at)}, {}
+            if name == "dlkernels":
+                with pytest.raises(RuntimeError, match=r"^dlkernels: MemoryError: no room$"):
+                    interleave(steps, failed, rounds=8, seconds=0)
+                continue
+            times = interleave(steps, failed, {"b": apart}, rounds=8, seconds=0)
+            assert list(times) == ["torch"] and len(times["torch"]) == 8
+            assert failed == {"a": "MemoryError: no room", "b": "died: SIGABRT"}
 
 
 # ---- command line -----------------------------------------------------------------------------

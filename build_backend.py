@@ -19,11 +19,21 @@ OLDEST, NEWEST = (2, 11), (2, 15)
 
 def _path_outside_isolation():
     # pip isolates by environment variables alone, so the same interpreter without them tells where
-    # its packages are: venv, system site, user site and .pth files included.
+    # its packages are: venv, system site, user site and .pth files included. pip's own PYTHONPATH
+    # stands in place of the user's, which Linux shows as what pip itself was started with.
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
     env = {k: v for k, v in os.environ.items() if k not in hidden}
+    pip, cwd = f"/proc/{os.getppid()}", None
+    try:
+        with open(f"{pip}/environ", "rb") as file:
+            started_with = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
+        if b"PYTHONPATH" in started_with:
+            env["PYTHONPATH"] = os.fsdecode(started_with[b"PYTHONPATH"])
+            cwd = os.readlink(f"{pip}/cwd")  # its entries may be relative
+    except OSError:
+        pass
     ask = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
-    return json.loads(subprocess.check_output(ask, env=env, text=True).splitlines()[-1])
+    return json.loads(subprocess.check_output(ask, env=env, cwd=cwd, text=True).splitlines()[-1])
 
 
 def require_torch():

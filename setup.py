@@ -84,6 +84,12 @@ def compiled() -> dict:
 
         def build_extensions(self):
             cxx = os.environ.get("CXX", "c++").split()  # as PyTorch chooses it
+            if not cxx or shutil.which(cxx[0]) is None:
+                # pip shows its text without a traceback.
+                raise SystemExit(
+                    f"dlkernels: no C++ compiler: there is no program {' '.join(cxx[:1])!r}, "
+                    "install g++ or set CXX"
+                )
             compiler = [*cxx, *self.compiler.compiler_so[1:], *FLAGS]
             with ThreadPoolExecutor() as pool:
                 headers = pool.submit(self.precompile_torch_headers, compiler)

@@ -113,8 +113,8 @@ class set_precision:
         to: "fast", the default: 3x3 convolutions may use Winograd's algorithm (Lavin and Gray,
             2016), F(4x4,3x3) or F(2x2,3x3): its error is up to four times that of direct summation
             (with 64 channels 1.1e-6 of the result's RMS instead of 3e-7), in a weight's gradient
-            up to ten times, and an infinity or a NaN makes all outputs of the tiles that see it
-            NaN; or "ieee": direct summation, always
+            up to ten times, and an infinity or a NaN may make any output of the tiles that see it
+            NaN, or all nine gradients of a window; or "ieee": direct summation, always
 
     As a context manager it puts back what was before: ``with set_precision("ieee"):``. What holds
     when a backward pass runs holds for its convolutions.

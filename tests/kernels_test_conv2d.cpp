@@ -133,7 +133,7 @@ int forward(const cpu::Conv2dKernels& t, Case<T>& c, bool biased) {  // and thro
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
     double z = biased ? c.bias[o] : 0, size = 1;
     c.each_product(n, o, i, j, [&](int64_t x, int64_t w) { z += c.x[x] * c.weight[w], ++size; });
-    if (biased) z = std::fmax(0, z);
+    if (biased && z < 0) z = 0;  // NaN stays
     wrong +=
         !close(c.y[c.at(n, o, i, j, c.s.K, c.OH, c.OW)], z, 1e-6 * (size + 4) + rounding<T>(z));
   });
@@ -293,6 +293,39 @@ int conv2d_random(const cpu::Kernels& t) {
   return wrong;
 }
 const Test conv2d_random_test("conv2d_random", conv2d_random);
+
+// NaN and infinity reach the results that meet them, and no zero beside an image does.
+int conv2d_not_finite(const cpu::Kernels& t) {
+  const Shape shapes[] = {
+      {1, 2, 5, {7, 3, 1, 1}, {6, 5, 1, 2}},            // few outputs
+      {2, 3, 9, {7, 3, 1, 1}, {6, 5, 1, 2}},            // taps that are joined in a sum,
+      {1, 9, 11, {5, 3, 1, 1}, {20, 3, 1, 1}},          // and those that are not
+      {1, 4, 9, {9, 3, 2, 2}, {8, 3, 2, 1}},            // strided
+      {1, 4, 40, {9, 3, 1, 2, 2}, {8, 3, 1, 2, 2}, 2},  // dilated, in groups
+      {1, 12, 6, {9, 2, 3, 8, 11}, {17, 2, 4, 3, 12}},  // taps apart
+      {1, 2, 2, {3, 3, 1, 5}, {3, 3, 1, 5}},            // windows outside
+      {1, 35, 35, {9, 5, 1, 2}, {8, 5, 1, 2}, 35},      // depthwise
+      {2, 6, 9, {9, 3, 2, 1}, {8, 3, 2, 1}, 3},         // and nearly
+      {1, 2, 9, {150, 3, 1, 2}, {30, 3, 1, 1}},         // several blocks
+      {1, 16, 1, {6, 5}, {6, 5}},                       // scattered
+  };
+  Random random;
+  int wrong = 0;
+  for (const Shape& s : shapes)
+    for (int i = 0; i < 24; ++i) {
+      const auto& way = s.groups == 1 || i % 8 < 2 ? t.conv2d : t.depthwise;
+      Case<float> c(s, i % 2);
+      Buffer<float>& some = i % 3 == 0 ? c.x : i % 3 == 1 ? c.weight : c.grad_y;
+      some[random(0, some.size() - 1)] = i % 5 ? NAN : INFINITY;
+      const int y = forward(way, c, i / 3 % 2), g = gradients(way, c);
+      if (y + g)
+        std::printf("not finite: C=%ld K=%ld H=%ld W=%ld i=%d: %d, gradients %d\n", long(s.C),
+                    long(s.K), long(c.H), long(c.W), i, y, g);
+      wrong += y + g;
+    }
+  return wrong;
+}
+const Test conv2d_not_finite_test("conv2d_not_finite", conv2d_not_finite);
 
 int conv2d(const cpu::Kernels& t) {
   const Shape shapes[] = {

@@ -1,6 +1,7 @@
 """conv2d and max_pool2d from their definitions, with torch's indexing: for arguments on which
 PyTorch's own kernels write outside of their tensors."""
 
+from itertools import product
 from math import inf
 
 import torch
@@ -18,7 +19,8 @@ def taps(size, out, taps, stride, padding, dilation):
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """:func:`torch.nn.functional.conv2d` of valid arguments."""
+    """:func:`torch.nn.functional.conv2d` of valid arguments. A tap outside is none: PyTorch's own
+    multiplies it by 0 in some of its algorithms, which NaN and infinity bring up."""
     x = input if input.dim() == 4 else input[None]
     plane, (K, c, *window) = x.shape[2:], weight.shape
     edges = pair(padding)
@@ -28,11 +30,14 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         out = (plane[i] + 2 * edges[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1
         axes.append(taps(plane[i], out, window[i], stride[i], edges[i], dilation[i]))
     (h, h_inside), (w, w_inside) = axes
-    inside = h_inside[:, :, None, None] & w_inside
-    x = torch.where(inside, x[:, :, h[:, :, None, None], w], 0)  # (N, C, OH, KH, OW, KW)
     x = x.unflatten(1, (groups, c))
     filters = weight.unflatten(0, (groups, K // groups))
-    y = torch.einsum("ngcyhxw,gkchw->ngkyx", x, filters).flatten(1, 2)
+    y = x.new_zeros(len(x), groups, K // groups, len(h), len(w))
+    for kh, kw in product(*map(range, window)):
+        rows, cols = h_inside[:, kh].nonzero(), w_inside[:, kw].nonzero()[:, 0]
+        at = x[..., h[rows, kh], w[cols, kw]]
+        y[..., rows, cols] += torch.einsum("ngchw,gkc->ngkhw", at, filters[..., kh, kw])
+    y = y.flatten(1, 2)
     if bias is not None:
         y = y + bias[:, None, None]
     last = torch.channels_last in (suggest_memory_format(x_) for x_ in (input, weight))

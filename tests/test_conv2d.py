@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
+import reference
 from common import RTOL, assert_exact, assert_refused_alike, calls, check, thinned
 
 pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
@@ -119,6 +120,52 @@ def test_integers_are_exact(machine, op, layout):
     for args, kwargs in samples(LAYOUTS[layout]):
         with calls([op, "conv2d_backward"]):
             assert_exact(*PAIRS[op], args, kwargs)
+
+
+# (C, H, W), (K, c, KH, KW), options
+NOT_FINITE = [
+    ((5, 7, 6), (5, 5, 3, 5), {"padding": (1, 2)}),  # few outputs
+    ((2, 7, 6), (40, 2, 3, 3), {"padding": 1}),
+    ((16, 6, 9), (17, 16, 3, 3), {"padding": 1, "stride": 2}),
+    ((4, 7, 8), (10, 2, 3, 3), {"groups": 2, "dilation": 2, "padding": 2}),
+    ((4, 7, 8), (8, 1, 3, 3), {"groups": 4, "dilation": 2, "padding": 2}),
+    ((36, 7, 8), (36, 9, 3, 2), {"groups": 4, "padding": 1}),
+    ((33, 9, 8), (33, 1, 5, 5), {"groups": 33, "padding": 2}),
+    ((17, 5, 4), (1, 17, 3, 3), {"padding": 5}),  # windows outside
+    ((3, 9, 70), (16, 3, 3, 3), {"padding": 1}),
+]
+
+
+@layout
+@pytest.mark.parametrize("index", range(len(NOT_FINITE)))
+def test_what_is_not_finite_reaches_what_meets_it(machine, layout, index):
+    """And nothing else, not by a 0 beside the image; what stays finite stays as it was."""
+    shape, window, options = NOT_FINITE[index]
+    x, weight = torch.randn(1, *shape), torch.randn(window)
+    x, weight = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (x, weight))
+    bias, grad_y = torch.randn(window[0]), torch.randn_like(ours.conv2d(x, weight, **options))
+
+    def results(f, dtype, x, weight, bias, grad_y):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
+        y = f(*inputs, **options)
+        return y, *torch.autograd.grad(y, inputs, grad_y.to(dtype))
+
+    before = results(ours.conv2d, torch.float32, x, weight, bias, grad_y)
+    values = iter([torch.nan, torch.inf, -torch.inf] * 9)
+    for where in (0, 1, 3):
+        for at in (0, -1, x[0].numel() // 3):
+            args = [t.clone() for t in (x, weight, bias, grad_y)]
+            flat = args[where].permute(0, 2, 3, 1) if layout == "channels_last" else args[where]
+            flat.view(-1)[at % flat.numel()] = next(values)
+            got = results(ours.conv2d, torch.float32, *args)
+            expected = results(reference.conv2d, torch.float64, *args)
+            for result, exact, other in zip(got, expected, before, strict=True):
+                torch.testing.assert_close(
+                    result.double(), exact, rtol=1e-4, atol=1e-4, equal_nan=True
+                )
+                if where:  # x itself counts for all that sees it
+                    finite = exact.isfinite()
+                    assert torch.equal(result[finite], other[finite])
 
 
 def test_threads_give_the_same_bits():

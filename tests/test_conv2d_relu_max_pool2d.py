@@ -11,6 +11,7 @@ from torch import nn
 
 import dlkernels
 import dlkernels.functional as ours
+import reference
 from common import RTOL, assert_refused_alike, calls, check, steps, thinned
 
 pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
@@ -419,3 +420,29 @@ def test_export_keeps_the_op():
     exported = torch.export.export(model, (X,))
     assert f"dlkernels.{OP}.default" in {str(node.target) for node in exported.graph.nodes}
     assert torch.equal(exported.module()(X), model(X))
+
+
+@layout
+def test_what_is_not_finite_reaches_what_meets_it(machine, layout):
+    """As through the ops that it is made of, whose zeros beside the image count for nothing."""
+    for C, K, groups, kernel in [(3, 9, 1, 3), (3, 5, 1, 5), (17, 17, 17, 3)]:
+        x, bias = torch.randn(2, C, 9, 7).contiguous(memory_format=LAYOUTS[layout]), torch.randn(K)
+        weight, grad_y = torch.randn(K, C // groups, kernel, kernel), torch.randn(2, K, 4, 3)
+        for where, value in [(0, torch.nan), (1, torch.nan), (1, -torch.inf), (2, torch.inf)]:
+            args = [t.clone() for t in (x, weight, grad_y)]
+            args[where][0, -1, 0, 0] = value
+
+            def results(f, dtype, args=args, bias=bias, groups=groups, kernel=kernel):
+                inputs = [t.to(dtype, copy=True).requires_grad_() for t in (*args[:2], bias)]
+                y = f(*inputs, padding=kernel // 2, groups=groups)
+                return y, *torch.autograd.grad(y, inputs, args[2].to(dtype))
+
+            got = results(ours.conv2d_relu_max_pool2d, torch.float32)
+            expected = results(
+                lambda *a, **k: reference.max_pool2d(F.relu(reference.conv2d(*a, **k)), 2),
+                torch.float64,
+            )
+            for result, exact in zip(got, expected, strict=True):
+                torch.testing.assert_close(
+                    result.double(), exact, rtol=1e-4, atol=1e-4, equal_nan=True
+                )

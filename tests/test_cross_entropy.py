@@ -136,10 +136,8 @@ def test_classes_that_cannot_be():
 @reduction
 @pytest.mark.parametrize("factor", [1.0, 2.0, INF, NAN])
 def test_ignored_rows(machine, reduction, factor):
-    """Gradient 0 even where the row or what comes from above is not finite."""
-    x = torch.randn(5, 19)
-    x[1], x[2, 3] = NAN, INF
-    x.requires_grad_()
+    """Gradient 0 even where what comes from above is not finite."""
+    x = torch.randn(5, 19, requires_grad=True)
     target = torch.tensor([0, -100, -100, 7, 18])
     for kwargs in ({}, {"weight": torch.rand(19), "label_smoothing": 0.3}):
         loss = ours.cross_entropy(x, target, reduction=reduction, **kwargs)
@@ -147,6 +145,26 @@ def test_ignored_rows(machine, reduction, factor):
         torch.testing.assert_close(loss[[0, 3, 4]] if loss.dim() else loss, kept)
         (grad,) = torch.autograd.grad(loss, x, torch.full_like(loss, factor))
         assert (grad[1:3] == 0).all() and (grad[[0, 3, 4]] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 33), (8, 33, 2), (40, 5), (3, 4, 5, 2)])
+def test_nan_in_the_gradient_is_where_pytorch_has_it(machine, shape):
+    """Also in ignored rows: 0 times a probability that is NaN."""
+    for seed, reduction in enumerate(["mean", "mean", "sum", "none"]):
+        x, target = torch.randn(shape), torch.randint(3, (shape[0], *shape[2:]))
+        target[target == 1] = -100
+        rows, targets = x.movedim(1, -1), target.clone()
+        for ignored, value in itertools.product([False, True], [NAN, INF, -INF]):
+            those = ((targets == -100) == ignored).nonzero()
+            rows[(*those[torch.randint(len(those), ())], torch.randint(shape[1], ()))] = value
+        weight = torch.rand(shape[1]) if seed % 2 else None
+        results = []
+        for f in (ours.cross_entropy, F.cross_entropy):
+            inputs = x.clone().requires_grad_()
+            loss = f(inputs, target, weight, reduction=reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), inputs)))
+        for got, torchs in zip(*results):
+            torch.testing.assert_close(got, torchs, equal_nan=True)
 
 
 def test_nothing_to_average():

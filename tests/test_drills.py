@@ -94,10 +94,71 @@ import torch, dlkernels
 torch.set_num_threads(2)
 child = os.fork()
 if child == 0:
-    x = torch.randn(600, 600)
+    x = torch.empty(600, 600)  # no parallel region of PyTorch's
+    before = len(os.listdir("/proc/self/task"))  # OpenBLAS may have started its own
     dlkernels.functional.linear(x, x)
-    os._exit(len(os.listdir("/proc/self/task")))
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    os._exit(len(os.listdir("/proc/self/task")) - before)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+"""
+    python(program)
+
+
+WAIT = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+BEFORE_A_FORK = {
+    "nothing": "",
+    "an idle thread": WAIT,
+    "a region of ours": "ours.relu(x)",
+    "a region of PyTorch's": "torch.relu(x)",
+    "both": "ours.relu(x); torch.relu(x)",
+    "both in a thread that has ended": "in_thread(lambda: (ours.relu(x), torch.relu(x))).join()",
+    "in one that waits": "in_thread(lambda: (ours.relu(x), ready.set(), never.wait()))"
+    "; ready.wait()",
+    "in one that goes on": "in_thread(lambda: [(ours.relu(x), ready.set()) for _ in iter(int, 1)])"
+    "; ready.wait()",
+}
+
+
+@pytest.mark.parametrize("before", BEFORE_A_FORK)
+def test_a_child_has_threads(python, before):
+    """Right results on as many threads as before in children, one after the other and several at
+    once, and in a child's child."""
+    program = f"""
+import os, signal, sys, threading
+import numpy, torch, dlkernels.functional as ours
+torch.set_num_threads(2)
+x = torch.from_numpy(numpy.arange(-1e6, 1e6, dtype=numpy.float32))  # no parallel region
+expected = numpy.maximum(x.numpy(), 0)
+ready, never = threading.Event(), threading.Event()
+def in_thread(f):
+    thread = threading.Thread(target=f, daemon=True)
+    thread.start()
+    return thread
+def fork(generations):
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(60)  # ends it
+    before = len(os.listdir("/proc/self/task"))  # OpenBLAS may have started its own
+    try:
+        assert numpy.array_equal(ours.relu(x).numpy(), expected)
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads > before, threads
+        if generations > 1:
+            wait(fork(generations - 1))
+            assert numpy.array_equal(ours.relu(x).numpy(), expected)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+def wait(child):
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, status
+{BEFORE_A_FORK[before]}
+wait(fork(2))
+for child in [fork(1) for _ in range(3)]:
+    wait(child)
+assert numpy.array_equal(ours.relu(x).numpy(), expected)
+os._exit(0)  # whatever the threads do
 """
     python(program)
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -106,6 +107,23 @@ def test_hundred_steps(machine, name, which):
             if got.numel() >= 100:  # below, luck decides
                 assert error(got, exact) <= 2 * error(expected, exact)
             torch.testing.assert_close(got, expected)
+
+
+@pair
+@pytest.mark.parametrize("number", [numpy.float32, numpy.float64])
+def test_numbers_of_numpy(pair, number):
+    options = {"lr": 0.01} | full(pair[0])
+    options = {k: number(v) if isinstance(v, float) else v for k, v in options.items()}
+    a, b = (make(FLOAT32(), **options) for make in pair)
+    with calls([a._op]):
+        train(a, 3)
+    train(b, 3)
+    for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+    for group in a.param_groups:  # numpy's integers too
+        group |= {"lr": numpy.int64(1), "weight_decay": numpy.int32(0)}
+    with calls([a._op]):
+        train(a, 1)
 
 
 @pair

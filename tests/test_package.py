@@ -1,9 +1,12 @@
 """The package: import, info, and what the compiled files look like."""
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -281,3 +284,46 @@ def test_the_example_in_the_readme(python):
     ran = {op for op, count in stats.items() if count["kernel"]}
     assert ran >= {"mlp", "mlp_backward", "cross_entropy", "adam_"}
     assert not any(count["torch"] for count in stats.values())
+
+
+# ---- to build it ----------------------------------------------------------------------------
+
+
+def test_torch_on_pythonpath_is_found_in_isolation(tmp_path):
+    """pip puts a PYTHONPATH of its own in the place of the one that it was started with."""
+    torchs, overlay = tmp_path / "torchs", tmp_path / "overlay"
+    (torchs / "torch").mkdir(parents=True)
+    (torchs / "torch" / "__init__.py").write_text(f"__version__ = {torch.__version__!r}")
+    overlay.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        found = importlib.util.find_spec(name).submodule_search_locations[0]
+        (overlay / name).symlink_to(found)
+    build = "import build_backend as b; b.require_torch(); import torch; print(torch.__file__)"
+    pip = f"""
+import os, subprocess, sys
+path = os.pathsep.join([{str(ROOT)!r}, {str(overlay)!r}])
+env = dict(os.environ, PYTHONPATH=path)
+sys.exit(subprocess.run([sys.executable, "-S", "-c", {build!r}], env=env).returncode)
+"""
+    for path in (str(torchs), "torchs"):
+        done = subprocess.run(
+            [sys.executable, "-c", pip],
+            env=os.environ | {"PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == str(torchs / "torch" / "__init__.py"), done.stderr
+
+
+@pytest.mark.parametrize("cxx", ["no-such-c++ -v", ""])
+def test_no_compiler_is_one_sentence(cxx, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"CXX": cxx},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last_line(done).startswith("dlkernels: no C++ compiler") and "set CXX" in last_line(done)

@@ -1,5 +1,5 @@
 // Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
-// zeros. A convolution on blocks knows neither layouts nor borders.
+// zeros. A convolution on blocks knows no layouts, and of borders what cut.inl.h says.
 
 // The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
 // null.

@@ -15,13 +15,14 @@ static int64_t conv2d_scratch(const Conv2d& v) {
 
 // ---- weights -------------------------------------------------------------------------------
 
-// Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k.
+// Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k, each with its word.
 static int64_t conv2d_panels(const Conv2d& v) {
   return v.groups * ceil_div(v.K / v.groups, kTileCols);
 }
-static int64_t conv2d_panel_floats(const Conv2d& v) {
+static int64_t conv2d_weights(const Conv2d& v) {
   return v.h.taps * v.w.taps * (v.x.C / v.groups) * kTileCols;
 }
+static int64_t conv2d_panel_floats(const Conv2d& v) { return conv2d_weights(v) + kWord; }
 
 // What panel `index` is of: channels [k, k + lanes) of group `group`, counted in the group.
 struct Panel {
@@ -47,20 +48,21 @@ static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t beg
       for (int64_t kh = 0; kh < v.h.taps; ++kh)
         for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols)
           pack_panel<kTileCols>(s, from + kh * f.sh + kw * f.sw, f.so, f.si, p.lanes, c, panel);
+      write_word(panel - conv2d_weights(v), conv2d_weights(v));
     }
   });
 }
 
 // ---- forward, and grad_input, which is one with up = stride ----------------------------------
 
-// Row h of a block, one panel, all columns [w, w_end), to y: a pixel every y_step floats.
-static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
-                       const float* weight, int64_t h, float* y, int64_t y_step) {
+// Row h of a block, one panel, some columns, to y: a pixel every y_step floats from b.w on.
+static void conv2d_pixels(const Conv2d& v, const Block& b, const float* x, const Panel& p,
+                          const float* weight, int64_t h, Range pixels, float* y, int64_t y_step) {
   const int64_t C = v.x.C, c = C / v.groups, lanes = p.lanes;
-  const Taps th = b.rows.taps(h);
+  const Taps th = b.rows.taps(h).inside(v.x.H);
   const int64_t x_row = b.cols.size() * C, x_step = b.cols.output_step() * C;
-  for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
-    const Taps tw = b.cols.taps(w);
+  for (int64_t w = pixels.begin; w < least(pixels.begin + v.w.up, pixels.end); ++w) {
+    const Taps tw = columns(v, b, w, pixels.size() == 1);
     const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
     const int64_t taps_h = tw.count ? th.count : 0, taps_w = joined ? 1 : tw.count;
     const int64_t depth = joined ? tw.count * c : c;
@@ -75,7 +77,7 @@ static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Pa
         .col_bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
         .relu = v.relu};
     // Inline: a short sum is over before as many references are followed (10 % for one channel).
-    each_tile(ceil_div(b.w_end - w, v.w.up), lanes,
+    each_tile(ceil_div(pixels.end - w, v.w.up), lanes,
               [&]<int R, int V>(int64_t pixel) __attribute__((always_inline)) {
                 Tile<R, V> tile;
                 for (int64_t i = 0; i < taps_h; ++i)
@@ -85,6 +87,12 @@ static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Pa
                 tile.store(out, pixel, 0, lanes);
               });
   }
+}
+
+static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
+                       const float* weight, bool finite, int64_t h, float* y, int64_t y_step) {
+  row_with_edges(b, finite,
+                 [&](Range pixels) { conv2d_pixels(v, b, x, p, weight, h, pixels, y, y_step); });
 }
 
 static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
@@ -108,15 +116,17 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
       const Panel p(v, j);
       const int64_t k = p.group * (v.K / v.groups) + p.k;
       const float* panel = weight + j * conv2d_panel_floats(v);
+      const bool finite = is_finite(panel, conv2d_weights(v));
       for (int64_t h = b.h; h < b.h_end; h += pool) {
         if (is_direct(v)) {
           float* y = static_cast<float*>(v.y) + b.n * v.yn + h * v.yh + b.w * v.yw + k;
-          conv2d_row(v, b, scratch, p, panel, h, y, v.yw);
+          conv2d_row(v, b, scratch, p, panel, finite, h, y, v.yw);
           continue;
         }
         if (v.yc != 1 && deep) expect_rows(v, b.n, h, pool, b.w, cols, k, p.lanes);
         for (int64_t r = 0; r < pool; ++r)
-          conv2d_row(v, b, scratch, p, panel, h + r, rows + r * cols * kTileCols, kTileCols);
+          conv2d_row(v, b, scratch, p, panel, finite, h + r, rows + r * cols * kTileCols,
+                     kTileCols);
         store_row(v, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
                   pooled);
       }
@@ -139,7 +149,8 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
     const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
     const int64_t x_step = b.cols.output_step() * C, out_row = b.rows.output_step() * x_row;
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
-    const bool joined = v.groups == 1 && tw.at_step == 1;  // taps along memory
+    // Taps along memory, where a tap alone has few channels for a tile's rows.
+    const bool joined = v.groups == 1 && tw.at_step == 1 && c < kFewChannels;
     load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, v.K, cut.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(v, q);
@@ -159,8 +170,13 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
         });
       }
       if (!sums) continue;
-      for (int64_t kh = 0; kh < v.h.taps; ++kh)
+      for (int64_t kh = 0; kh < v.h.taps; ++kh) {
+        const Range inside = b.rows.inside(v.x.H, kh, kh);
+        const int64_t top = inside.begin - b.h, bottom = inside.end - b.h;
         for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
+          // Taps that are joined have their columns in common, also those beside the image.
+          const auto range = [&](int64_t kw) { return b.cols.inside(v.x.W, kw, kw); };
+          const Range w = joined ? Range{b.w, b.w_end} : range(kw);
           const float* const first =
               scratch + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c;
           const GemmOutput out = {.c = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k,
@@ -168,14 +184,27 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
           const int64_t step = most(kDepth / cols, 1);  // sums of sums, for their error
           each_tile(joined ? v.w.taps * c : c, lanes, [=]<int R, int V>(int64_t j) {
             for (int64_t h = 0; h < rows; h += step) {
+              const auto add = [&](auto& tile, int64_t j, Range w) __attribute__((always_inline)) {
+                for (int64_t r = most(top, h); r < least(bottom, h + step); ++r)
+                  tile.add_columns(first + r * out_row + (w.begin - b.w) * x_step + j, x_step,
+                                   g + (r * cols + w.begin - b.w) * g_pitch, g_pitch, w.size());
+              };
+              const Step sum = {.first = i == begin && h == 0};
               Tile<R, V> tile;
-              for (int64_t r = h; r < least(rows, h + step); ++r)
-                tile.add_columns(first + r * out_row + j, x_step, g + r * cols * g_pitch, g_pitch,
-                                 cols);
-              tile.store(out, j, 0, lanes, {.first = i == begin && h == 0});
+              add(tile, j, w);
+              if (!joined || !b.has_edges() || tile.is_finite()) {
+                tile.store(out, j, 0, lanes, sum);
+                continue;
+              }
+              for (int64_t row = j; row < j + R; ++row) {
+                Tile<1, V> one;
+                add(one, row, range(row / c));
+                one.store(out, row, 0, lanes, sum);
+              }
             }
           });
         }
+      }
     }
   }
 }

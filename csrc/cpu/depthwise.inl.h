@@ -39,20 +39,22 @@ struct DepthwiseCut {
 static int64_t depthwise_blocks(const Conv2d& v) { return DepthwiseCut(v).cut.count; }
 static int64_t depthwise_scratch(const Conv2d& v) { return DepthwiseCut(v).floats; }
 static int64_t depthwise_panels(const Conv2d& v) { return ceil_div(v.groups, kTileCols); }
-static int64_t depthwise_panel_floats(const Conv2d& v) {
+static int64_t depthwise_weights(const Conv2d& v) {
   return v.h.taps * v.w.taps * (v.x.C / v.groups) * (v.K / v.groups) * kTileCols;
 }
+static int64_t depthwise_panel_floats(const Conv2d& v) { return depthwise_weights(v) + kWord; }
 static int64_t depthwise_sum_floats(const Conv2d& v) {
-  return depthwise_panels(v) * depthwise_panel_floats(v);
+  return depthwise_panels(v) * depthwise_weights(v);
 }
 
 // f(g, lanes, j, i, kh, at): the taps of row kh, for groups [g, g + lanes) of a panel, are
-// at[tap * kTileCols + lane] of the packed weights.
+// at[tap * kTileCols + lane] of the weights, of panels that are `beside` floats from each other.
 template <class F>
-static void each_tap_row(const Conv2d& v, int64_t begin, int64_t end, const F& f) {
+static void each_tap_row(const Conv2d& v, int64_t begin, int64_t end, int64_t beside, const F& f) {
   const int64_t c = v.x.C / v.groups, k = v.K / v.groups;
-  int64_t at = begin * depthwise_panel_floats(v);
-  for (int64_t g = begin * kTileCols; g < least(end * kTileCols, v.groups); g += kTileCols)
+  int64_t at = begin * (depthwise_weights(v) + beside);
+  for (int64_t g = begin * kTileCols; g < least(end * kTileCols, v.groups);
+       g += kTileCols, at += beside)
     for (int64_t j = 0; j < k; ++j)
       for (int64_t i = 0; i < c; ++i)
         for (int64_t kh = 0; kh < v.h.taps; ++kh, at += v.w.taps * kTileCols)
@@ -63,18 +65,20 @@ static void depthwise_pack(const Conv2d& v, const Filter& f, float* to, int64_t 
                            int64_t end) {
   with_type(v.x.dtype, [&]<class T>() {
     const Source<T> s(f.data);
-    each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+    each_tap_row(v, begin, end, kWord, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
       const int64_t from = g * f.sg + j * f.so + i * f.si + kh * f.sh;
       pack_panel<kTileCols>(s, from, f.sg, f.sw, lanes, v.w.taps, to + at);
     });
   });
+  for (int64_t i = begin; i < end; ++i)
+    write_word(to + i * depthwise_panel_floats(v), depthwise_weights(v));
 }
 
 static void depthwise_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
                              int64_t begin, int64_t end) {
   with_type(v.x.dtype, [&]<class T>() {
     T* const weight = static_cast<T*>(to);
-    each_tap_row(v, begin, end, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+    each_tap_row(v, begin, end, 0, [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
       unpack_panel(sums + at, kTileCols, lanes, v.w.taps,
                    weight + g * f.sg + j * f.so + i * f.si + kh * f.sh, f.sg, f.sw);
     });
@@ -119,19 +123,20 @@ __attribute__((always_inline)) static inline void add_lanes(Tile<R, V>& tile, co
   }
 }
 
-// Row h of a block, all groups of a chunk, to y: a pixel every y_step floats, panel by panel.
-static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block& b, const float* x,
-                          const float* weight, int64_t groups, const float* bias, int64_t h,
-                          float* y, int64_t y_step) {
-  const Taps th = b.rows.taps(h);
+// Row h of a block, all groups of a chunk, some columns, to y: a pixel every y_step floats from b.w
+// on, panel by panel.
+static void depthwise_pixels(const Conv2d& v, const DepthwiseCut& cut, const Block& b,
+                             const float* x, const float* weight, int64_t groups, const float* bias,
+                             int64_t h, Range pixels, float* y, int64_t y_step) {
+  const Taps th = b.rows.taps(h).inside(v.x.H);
   const int64_t pixel = cut.c * kTileCols;
   const int64_t x_row = b.cols.size() * pixel, x_step = b.cols.output_step() * pixel;
-  for (int64_t w = b.w; w < least(b.w + v.w.up, b.w_end); ++w) {
-    const Taps tw = b.cols.taps(w);
+  for (int64_t w = pixels.begin; w < least(pixels.begin + v.w.up, pixels.end); ++w) {
+    const Taps tw = columns(v, b, w, pixels.size() == 1);
     const int64_t taps_h = tw.count ? th.count : 0;
     const float* const first = x + th.at * x_row + tw.at * pixel;
     const float* taps = weight + (th.first * v.w.taps + tw.first) * kTileCols;
-    for (int64_t g = 0; g < groups; g += kTileCols)
+    for (int64_t g = 0; g < groups; g += kTileCols, taps += kWord)
       for (int64_t j = 0; j < cut.k; ++j, taps += cut.c * v.h.taps * v.w.taps * kTileCols) {
         const int64_t at = g * cut.k + j * kTileCols, lanes = least(groups - g, kTileCols);
         const float* const panel = first + g / kTileCols * cut.cut.x_floats;
@@ -139,7 +144,7 @@ static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block&
                                 .row = v.w.up * y_step,
                                 .col_bias = bias ? bias + at : nullptr,
                                 .relu = v.relu};
-        each_tile(ceil_div(b.w_end - w, v.w.up), lanes,
+        each_tile(ceil_div(pixels.end - w, v.w.up), lanes,
                   [&]<int R, int V>(int64_t o) __attribute__((always_inline)) {
                     Tile<R, V> tile;
                     for (int64_t i = 0; i < cut.c; ++i)
@@ -152,6 +157,14 @@ static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block&
                   });
       }
   }
+}
+
+static void depthwise_row(const Conv2d& v, const DepthwiseCut& cut, const Block& b, const float* x,
+                          const float* weight, bool finite, int64_t groups, const float* bias,
+                          int64_t h, float* y, int64_t y_step) {
+  row_with_edges(b, finite, [&](Range pixels) {
+    depthwise_pixels(v, cut, b, x, weight, groups, bias, h, pixels, y, y_step);
+  });
 }
 
 // The hardware does not follow many small planes at once: asks for those that come after these.
@@ -201,12 +214,16 @@ static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64
   const int64_t k = cut.k, pool = v.argmax ? 2 : 1, pitch = cut.row_pitch;
   float *const rows = scratch + cut.rows, *const temp = scratch + cut.temp;
   const int64_t last = least(panel_end * kTileCols, v.groups);
+  const int64_t panel_floats = depthwise_panel_floats(v);
   for (int64_t n = begin; n < end; ++n) {
     const Block b(v, cut.cut, n);
     const int64_t cols = b.w_end - b.w;
     for (int64_t g = panel_begin * kTileCols; g < last; g += cut.chunk) {
       const int64_t groups = least(last - g, cut.chunk);
-      const float* const taps = weight + g / kTileCols * depthwise_panel_floats(v);
+      const float* const taps = weight + g / kTileCols * panel_floats;
+      bool finite = true;
+      for (int64_t i = 0; i < ceil_div(groups, kTileCols); ++i)
+        finite = finite && is_finite(taps + i * panel_floats, panel_floats - kWord);
       depthwise_load(v.x, cut, b, g, groups, scratch, temp);
       expect_planes(v.y, v.x.dtype, b.n * v.yn + g * k * v.yc, v.yc, groups * k);
       const float* bias = v.bias ? v.bias + g * k : nullptr;
@@ -216,13 +233,14 @@ static void depthwise(const Conv2d& v, const float* weight, int64_t begin, int64
       }
       for (int64_t h = b.h; h < b.h_end; h += pool) {
         if (k == 1 && is_direct(v)) {
-          depthwise_row(v, cut, b, scratch, taps, groups, bias, h,
+          depthwise_row(v, cut, b, scratch, taps, finite, groups, bias, h,
                         static_cast<float*>(v.y) + b.n * v.yn + h * v.yh + b.w * v.yw + g, v.yw);
           continue;
         }
         for (int64_t r = 0; r < pool; ++r) {
           float* const row = rows + r * cols * pitch;
-          depthwise_row(v, cut, b, scratch, taps, groups, bias, h + r, k > 1 ? temp : row, pitch);
+          depthwise_row(v, cut, b, scratch, taps, finite, groups, bias, h + r, k > 1 ? temp : row,
+                        pitch);
           if (k > 1) split_groups(temp, pitch, cols, groups, k, row, true);
         }
         store_row(v, b.n, h, b.w, cols, g * k, groups * k, rows, rows + cols * pitch, pitch,
@@ -262,24 +280,41 @@ static void depthwise_grad_weight(const Conv2d& v, const Images& grad_y, int64_t
         for (int64_t i = 0; i < lanes * k; ++i) to[i] = biases[i] + (n > begin ? to[i] : 0.0f);
       }
       if (!sums) continue;
-      each_tap_row(v, first / kTileCols, ceil_div(first + groups, kTileCols),
-                   [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
-                     const int64_t panel = (g - first) / kTileCols;
-                     const float* const x = scratch + panel * cut.cut.x_floats +
-                                            kh * th.at_step * x_row + i * kTileCols;
-                     const float* const gs = g_block + panel * cut.g_floats + j * kTileCols;
-                     each_tile(v.w.taps, lanes, [=]<int R, int V>(int64_t kw) {
-                       for (int64_t h = 0; h < rows; h += step) {
-                         Tile<R, V> tile;
-                         for (int64_t r = h; r < least(rows, h + step); ++r)
-                           add_lanes(tile, x + r * out_row + kw * tw.at_step * x_pitch,
-                                     tw.at_step * x_pitch, x_step, gs + r * cols * g_pitch, g_pitch,
-                                     cols);
-                         tile.store({.c = sums + at, .row = kTileCols}, kw, 0, kTileCols,
-                                    {.first = n == begin && h == 0});
-                       }
-                     });
-                   });
+      each_tap_row(
+          v, first / kTileCols, ceil_div(first + groups, kTileCols), 0,
+          [&](auto g, auto lanes, auto j, auto i, auto kh, auto at) {
+            const Range inside = b.rows.inside(v.x.H, kh, kh);
+            const int64_t top = inside.begin - b.h, bottom = inside.end - b.h;
+            const int64_t panel = (g - first) / kTileCols;
+            const float* const x =
+                scratch + panel * cut.cut.x_floats + kh * th.at_step * x_row + i * kTileCols;
+            const float* const gs = g_block + panel * cut.g_floats + j * kTileCols;
+            each_tile(v.w.taps, lanes, [=]<int R, int V>(int64_t kw) {
+              for (int64_t h = 0; h < rows; h += step) {
+                const auto add = [&](auto& tile, int64_t kw,
+                                     Range w) __attribute__((always_inline)) {
+                  const int64_t column = w.begin - b.w;
+                  for (int64_t r = most(top, h); r < least(bottom, h + step); ++r)
+                    add_lanes(tile, x + r * out_row + kw * tw.at_step * x_pitch + column * x_step,
+                              tw.at_step * x_pitch, x_step, gs + (r * cols + column) * g_pitch,
+                              g_pitch, w.size());
+                };
+                const GemmOutput out = {.c = sums + at, .row = kTileCols};
+                const Step sum = {.first = n == begin && h == 0};
+                Tile<R, V> tile;
+                add(tile, kw, {b.w, b.w_end});
+                if (!b.has_edges() || tile.is_finite()) {
+                  tile.store(out, kw, 0, kTileCols, sum);
+                  continue;
+                }
+                for (int64_t row = kw; row < kw + R; ++row) {
+                  Tile<1, V> one;
+                  add(one, row, b.cols.inside(v.x.W, row, row));
+                  one.store(out, row, 0, kTileCols, sum);
+                }
+              }
+            });
+          });
     }
   }
 }

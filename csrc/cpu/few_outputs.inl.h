@@ -46,6 +46,29 @@ __attribute__((noinline)) static void planes_tile(const Conv2d& v, const float* 
   tile.store(y, 0, o);
 }
 
+// What the zeros outside of the image have made NaN, again, without them.
+static void planes_edges(const Conv2d& v, const Block& b, const Planes& p, const float* weight,
+                         const float* x, float* out) {
+  const int64_t C = v.x.C, row = b.cols.size();
+  for (int64_t h = b.h; h < b.h_end; ++h)
+    for (int64_t w = b.w; w < b.w_end; ++w)
+      for (int64_t k = 0; k < v.K; ++k) {
+        float& y = out[k * p.out_pitch + (h - b.h) * row + w - b.w];
+        if (y == y) continue;
+        const Taps th = b.rows.taps(h).inside(v.x.H), tw = b.cols.taps(w).inside(v.x.W);
+        float sum = 0;
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t i = 0; i < th.count; ++i)
+            for (int64_t j = 0; j < tw.count; ++j) {
+              const int64_t tap = (th.first + i) * v.w.taps + tw.first + j;
+              sum += x[c * p.in_pitch + (th.at + i * th.at_step) * row + tw.at + j * tw.at_step] *
+                     weight[(tap * C + c) * kTileCols + k];
+            }
+        if (v.bias) sum += v.bias[k];
+        y = v.relu && sum < 0 ? 0 : sum;
+      }
+}
+
 static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const float* weight,
                           float* scratch) {
   const Planes p(v, cut);
@@ -68,6 +91,8 @@ static void conv2d_planes(const Conv2d& v, const Cut& cut, const Block& b, const
       planes_tile<R, V>(v, weight, scratch, p.in_pitch, row, y, o);
     for (; o < size; o += Vec::kWidth) planes_tile<R, 1>(v, weight, scratch, p.in_pitch, row, y, o);
   });
+  if (!is_finite(weight, v.h.taps * v.w.taps * C * kTileCols))
+    planes_edges(v, b, p, weight, scratch, out);
   for (int64_t h = 0; h < rows; h += pool) {
     if (v.yc != 1 && !v.argmax) {
       with_type(v.x.dtype, [&]<class T>() {

@@ -40,6 +40,16 @@ struct Tile {
     }
   }
 
+  // Whether no sum is NaN or infinite: 0 times it is 0.
+  __attribute__((always_inline)) bool is_finite() const {
+    Vec zeros[2] = {Vec::zero(), Vec::zero()};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) zeros[r % 2] = fma(c[r][v], Vec::zero(), zeros[r % 2]);
+    return sum(zeros[0] + zeros[1]) == 0;
+  }
+
   // The epilogue, to rows m + r and columns n to n + cols of C. A short sum is over before many
   // branches are, so they stand outside the loops.
   template <class T = float>

@@ -3,9 +3,9 @@
 #pragma once
 #include "ops/torch_headers.h"
 
+#include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -167,17 +167,18 @@ inline float* scratch(int64_t floats) {
   return buffer.get();
 }
 
-// A fork copies no thread but its own, and GNU OpenMP waits for the others forever (PyTorch's ops
-// hang there). In the child of a process that had threads, ours run on the one that is left.
-inline std::atomic<bool> had_threads{false}, lost_threads{false};
+// A fork copies no thread but its own, and GNU OpenMP would wait for the forking thread's others
+// forever. So they are ended before, and parent and child start new ones when they need them. Where
+// they can't be (inside a parallel region, or it is another OpenMP), the child's ops run on the
+// thread that is left.
+#pragma weak omp_pause_resource_all
+inline thread_local bool keeps_threads = false;
+inline std::atomic<bool> lost_threads{false};
 inline const int watches_forks = pthread_atfork(
-    [] {
-      struct stat tasks;  // linked from ".", ".." and every thread
-      had_threads = stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink > 3;
-    },
+    [] { keeps_threads = !omp_pause_resource_all || omp_pause_resource_all(omp_pause_hard) != 0; },
     nullptr,
     [] {
-      if (had_threads) lost_threads = true;
+      if (keeps_threads) lost_threads = true;
     });
 
 // f(begin, end) over [0, n), in chunks. A thread takes the chunks of its own share in order, so

@@ -93,14 +93,22 @@ Found collect(PyObject* params, const pybind11::tuple& keys, bool cuda, States& 
   return twice ? Found::kNotOurs : found;
 }
 
+// numpy's numbers, of which float64 alone is a float of Python's.
+bool is_numpy_number(PyObject* object) {
+  const auto numpy = pybind11::reinterpret_steal<pybind11::object>(
+      PyImport_GetModule(pybind11::str("numpy").ptr()));
+  return numpy && (pybind11::isinstance(object, numpy.attr("floating")) ||
+                   pybind11::isinstance(object, numpy.attr("integer")));
+}
+
 // A number that is finite in float32, too. What a group was given by hand, PyTorch has not checked
 // yet.
 optional<double> number(PyObject* object) {
   double x = 0;
   if (PyFloat_Check(object)) {
     x = PyFloat_AS_DOUBLE(object);
-  } else if (PyLong_Check(object) && !PyBool_Check(object)) {
-    x = PyLong_AsDouble(object);
+  } else if ((PyLong_Check(object) && !PyBool_Check(object)) || is_numpy_number(object)) {
+    x = PyFloat_AsDouble(object);
     if (PyErr_Occurred()) PyErr_Clear(), x = INFINITY;
   } else {
     return std::nullopt;

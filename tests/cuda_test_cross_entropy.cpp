@@ -14,8 +14,9 @@ struct Options {
   bool classes, weighted, grad;
   float smoothing;
   Reduction reduction;
-  int64_t skip = 0;    // elements from where x and grad are aligned
-  bool apart = false;  // grad lies elsewhere between 16 bytes than x
+  int64_t skip = 0;            // elements from where x and grad are aligned
+  bool apart = false;          // grad lies elsewhere between 16 bytes than x
+  bool ignores_class = false;  // ignore_index is in [0, C)
 };
 
 // Logits with the second row ignored, and everything the kernel can be told.
@@ -23,6 +24,7 @@ template <class T>
 struct Case {
   int64_t N, C, inner;  // N rows in all
   Options o;
+  int64_t ignore_index;
   CudaBuffer<T> x, probabilities, weight, loss, grad;
   Buffer<int64_t> target;
   Buffer<int> no_class;
@@ -33,6 +35,7 @@ struct Case {
         C(C),
         inner(inner),
         o(o),
+        ignore_index(o.ignores_class ? C / 2 : kIgnored),
         x(N * C + o.skip, 1),
         probabilities(o.classes ? 0 : N * C + o.skip, 2),
         weight(o.weighted ? C : 0, 3),
@@ -44,7 +47,7 @@ struct Case {
       x[i] = cuda::from_float<T>(static_cast<float>(x.at(i) * 8));
     for (int64_t i = 0; i < weight.size(); ++i)
       weight[i] = cuda::from_float<T>(std::fabs(cuda::to_float(weight[i])));
-    for (int64_t n = 0; n < target.size(); ++n) target[n] = n == 1 ? kIgnored : n * 7 % C;
+    for (int64_t n = 0; n < target.size(); ++n) target[n] = n == 1 ? ignore_index : n * 7 % C;
     no_class[0] = 0;
     args = {.x = x.data() + o.skip,
             .target = o.classes ? target.data() : nullptr,
@@ -53,7 +56,7 @@ struct Case {
             .rows = N,
             .C = C,
             .inner = inner,
-            .ignore_index = kIgnored,
+            .ignore_index = ignore_index,
             .smoothing = o.smoothing,
             .reduction = o.reduction,
             .loss = loss.data(),
@@ -72,7 +75,7 @@ struct Case {
   double x_at(int64_t n, int64_t c) { return x.at(o.skip + at(n, c)); }
   double grad_at(int64_t n, int64_t c) { return grad.at(o.skip + o.apart + at(n, c)); }
   double weight_at(int64_t c) { return o.weighted ? weight.at(c) : 1; }
-  bool ignored(int64_t n) { return o.classes && target[n] == kIgnored; }
+  bool ignored(int64_t n) { return o.classes && target[n] == ignore_index; }
 
   double g(int64_t n, int64_t c) {
     if (ignored(n)) return 0;
@@ -122,9 +125,9 @@ int run(int64_t N, int64_t C, const Options& o, int64_t inner = 1) {
   if (wrong)
     std::printf(
         "%ld rows, C %ld, inner %ld, classes %d, weighted %d, smoothing %g, reduction %d, "
-        "skip %ld, apart %d: %d\n",
+        "skip %ld, apart %d, ignores a class %d: %d\n",
         long(N), long(C), long(inner), o.classes, o.weighted, o.smoothing,
-        static_cast<int>(o.reduction), long(o.skip), o.apart, wrong);
+        static_cast<int>(o.reduction), long(o.skip), o.apart, o.ignores_class, wrong);
   return wrong;
 }
 
@@ -133,11 +136,10 @@ template <class T>
 int options(int64_t N, int64_t C, int64_t inner = 1) {
   int wrong = 0;
   for (int i = 0; i < 16; ++i) {
-    const auto reduction = static_cast<Reduction>((i + C) % 3);
-    wrong += run<T>(
-        N, C,
-        {bool(i & 1), bool(i & 2), bool(i & 4), i & 8 ? 0.1f : 0, reduction, i % 5, i % 8 == 7},
-        inner);
+    Options o = {bool(i & 1), bool(i & 2), bool(i & 4), i & 8 ? 0.1f : 0};
+    o.reduction = static_cast<Reduction>((i + C) % 3), o.skip = i % 5, o.apart = i % 8 == 7;
+    o.ignores_class = o.classes && C > 1 && o.reduction == Reduction::kMean;
+    wrong += run<T>(N, C, o, inner);
   }
   return wrong;
 }

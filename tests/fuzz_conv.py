@@ -96,9 +96,10 @@ def far_convs(draw):
     kind = {"layout": draw(st.sampled_from(LAYOUTS)), "dtype": "float32", "grad": True}
     groups, c, k = draw(st.sampled_from([1, 1, 2])), draw(small), draw(small)
     taps = draw(st.integers(2, 3))
-    far = draw(st.sampled_from([5, 20, 1000, 2**20, 2**30 - 1]))
+    far = draw(st.sampled_from([5, 9, 13, 20, 31, 1000, 2**20, 2**30 - 1]))
     plane = [draw(st.integers(1, 9)), draw(st.integers(1, 40))]
-    options = {"dilation": far, "padding": (taps - 1) * far // 2 + far % 2, "stride": 1}
+    padding = (taps - 1) * far // 2 + far % 2 + draw(st.integers(0, 2))
+    options = {"dilation": far, "padding": padding, "stride": draw(st.integers(1, 3))}
     if draw(flag):
         d = draw(small)
         options = {"padding": draw(st.integers(d, 30)), "stride": far, "dilation": d}

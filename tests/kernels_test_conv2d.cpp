@@ -279,7 +279,7 @@ int conv2d_random(const cpu::Kernels& t) {
       if (random(0, 5)) return {in, random(1, 6), random(1, 4), random(0, 6), random(1, 4)};
       const int64_t far = int64_t{1} << random(5, 30), taps = random(1, 4);
       if (random(0, 1)) return {in, taps, far, random(0, 6), random(1, 3)};
-      return {in, taps, 1, far * (taps - 1) / 2, far};
+      return {in, taps, random(1, 3), far * (taps - 1) / 2 + random(0, 2), far};
     };
     const int64_t groups = plain || random(0, 1) ? 1 : random(1, 4);
     const Shape s = {random(1, 3), groups * random(1, 20), groups * random(1, 40), axis(), axis(),

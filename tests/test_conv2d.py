@@ -62,6 +62,12 @@ def samples(memory_format=torch.contiguous_format, device="cpu"):
     yield (t(2, 5, 7, 3).permute(0, 3, 1, 2), t(4, 3, 3, 3), t(4)), {}
     # a last block smaller than the dilation
     yield (t(1, 16, 32, 100), t(4, 16, 3, 3), None), {"dilation": 5, "padding": 5}
+    # blocks of the gradient whose inputs lie apart, the first of them in the padding
+    yield (t(1, 40, 70, 70), t(8, 40, 3, 3), None), {"stride": 2, "dilation": 13, "padding": 1}
+    # groups of too many channels to be lanes themselves
+    yield (t(2, 18, 7, 6), t(22, 9, 3, 3), t(22)), {"groups": 2, "padding": 1}
+    # a gradient of too few planes for a vector
+    yield (t(2, 9, 7, 6), t(3, 9, 3, 3), t(3)), {"padding": 1}
 
 
 @op

@@ -64,6 +64,15 @@ def test_shapes_and_layouts(machine, algorithm):
 
 
 @every_algorithm
+def test_several_batches(machine, algorithm):
+    """A thread that has many blocks adds up what several batches of them give."""
+    args = case(3, 16, 100, 90, 17)
+    got, expected = results(ours.conv2d, *args), exact(F.conv2d, *args)
+    for name in got:
+        assert error(got[name], expected[name]) < NORM_ERROR, name
+
+
+@every_algorithm
 def test_fused_with_relu_and_pool(algorithm):
     for (H, W), layout in product([(2, 2), (5, 7), (9, 14), (12, 40)], LAYOUTS):
         x, weight, bias, padding, _ = case(3, 17, H, W, 35, 1, layout)

@@ -123,6 +123,16 @@ def train(wrap, make, options):
     return opt, list(model.parameters())
 
 
+# A step writes the parameter, its states, and the gradient that a scaler's step divides.
+def assert_bumped(opt, p):
+    for scale in (None, torch.tensor(2.0)):
+        opt.grad_scale, opt.found_inf = scale, None if scale is None else torch.tensor(0.0)
+        written = [p, *opt.state[p].values(), *([] if scale is None else [p.grad])]
+        before = [t._version for t in written]
+        opt.step()
+        assert all(t._version > v for t, v in zip(written, before, strict=True))
+
+
 def whole(value):
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -144,6 +154,8 @@ for name in dlkernels.optim.__all__:
         for key in theirs:
             assert isinstance(states[key], DTensor) == (theirs[key].dim() > 0)
             torch.testing.assert_close(whole(states[key]), theirs[key])
+    assert_bumped(opt, got[0])
+    assert dlkernels.stats()[opt._op] == {"kernel": 6, "torch": 0}
 
 # The same with whole parameters.
 dlkernels.reset_stats()

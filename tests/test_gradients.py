@@ -230,6 +230,38 @@ def test_second_gradients(op, wanted):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("op", FUSED)
+def test_second_gradients_of_one_tensor(op):
+    """As input and as weight at once: the sum of what both have."""
+    f, shape, _ = OPS[op]
+    x = torch.randn([3 for _ in shape], requires_grad=True)
+    results = []
+    for module in (ours, F):
+        y = f(module, x, x, torch.ones(3))
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append([first, *torch.autograd.grad(first.square().sum(), x)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [*FUSED, "conv2d_relu_max_pool2d"])
+def test_second_gradients_of_a_bias(op):
+    """Its gradient depends on the inputs piecewise at most: zeros or none, as PyTorch's."""
+    f, *shapes = OPS[op]
+    tensors = [torch.randn(shape) for shape in (*shapes, (3,))]
+    results = []
+    for module in (ours, F):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = f(module, *leaves)
+        grad_y = torch.linspace(1, 2, y.numel()).view_as(y)
+        (first,) = torch.autograd.grad(y, leaves[2], grad_y, create_graph=True)
+        results.append(
+            torch.autograd.grad(first.sum(), leaves, allow_unused=True)
+            if first.requires_grad
+            else (None, None, None)
+        )
+    torch.testing.assert_close(*results)
+
+
 @every
 @pytest.mark.parametrize("wanted", ["x", "xw", "xwb"])
 def test_second_gradients_of_a_constant(op, wanted):

@@ -64,6 +64,16 @@ def test_integers_are_exact(machine, op):
             assert_exact(*PAIRS[op], args)
 
 
+def test_gradient_of_one_element(machine):
+    """Its strides lead nowhere and may be any, so that it runs along memory on neither side."""
+    args = [t.requires_grad_() for t in (torch.ones(1, 4), -torch.ones(1, 4), torch.zeros(1))]
+    grad_y = torch.ones(7, 7)[::7, ::7]
+    with calls(["linear_relu", "linear_backward"]):
+        y = ours.linear_relu(*args)
+        grads = torch.autograd.grad(y, args, grad_y)
+    assert y == 0 and not any(grad.any() for grad in grads)
+
+
 @op
 @pytest.mark.parametrize("M, K, N", [(5000, 70, 40), (300, 900, 257), (3, 5000, 5)])
 def test_threads_give_the_same_bits(op, M, K, N):

@@ -56,6 +56,19 @@ def test_left_to_torch(name, groups, options):
     assert hooked == ["pre", "post"] * 3
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_fused_is_still_asked_for(name):
+    """After a step that PyTorch could not take fused, because the parameter is no run of memory."""
+    ours, torchs = PAIRS[name]
+    a, b = (make([nn.Parameter(torch.ones(5, 3).t())], amsgrad=True) for make in (ours, torchs))
+    a.param_groups[0]["fused"] = True
+    with calls(torchs=[a._op]):
+        train(a, 3)
+    train(b, 3)
+    assert_same(a, b)
+    assert a.param_groups[0]["fused"] is True
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_sparse_gradients(name):
     a, b = (make([nn.Parameter(torch.ones(5))]) for make in PAIRS[name])

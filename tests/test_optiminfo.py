@@ -52,7 +52,10 @@ def options_of(name, dtype):
     return [each.kwargs for each in listed("cpu", dtype, INFO[name])] + MORE_OPTIONS
 
 
-SOME = [("plain", "skipped"), ("plain", "sparse"), ("noncontiguous", "plain"), ("none", "plain")]
+SOME = [
+    *(("plain", gradients) for gradients in ("skipped", "sparse", "negative bit")),
+    *((params, "plain") for params in ("noncontiguous", "none")),
+]
 ALL = [
     *(("plain", gradients) for gradients in GRADIENTS),
     *((params, gradients) for params in PARAMETERS for gradients in [*GRADIENTS][:3]),

@@ -77,3 +77,17 @@ def test_outputs_and_gradients(name):
     dlkernels.revert(converted)
     assert [type(m) for m in converted.modules()] == [type(m) for m in model.modules()]
     assert repr(converted) == repr(model)
+
+
+def test_features_by_the_name_of_their_node():
+    extract = importlib.import_module("torchvision.models.feature_extraction")
+    plain = models.resnet18(num_classes=10).eval()
+    converted = dlkernels.convert(copy.deepcopy(plain))
+    names = [extract.get_graph_node_names(m) for m in (converted, plain)]
+    assert names[0] == names[1]
+    nodes = ["relu", "layer1.0.conv1", "layer2.1.relu_1", "fc"]
+    x = torch.randn(2, 3, 32, 32)
+    got, expected = (extract.create_feature_extractor(m, nodes)(x) for m in (converted, plain))
+    assert list(got) == nodes
+    for name in nodes:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-4)

@@ -4,7 +4,6 @@
 
 #include "matcher.h"
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -109,20 +108,27 @@ py::object find(const Matcher& matcher, PyObject* steps, Py_ssize_t begin, PyObj
     PyObject* const parameters = get(state.ptr(), names().parameters);
     if (PyObject* const weight = get(parameters, names().weight)) {
       weights.append(weight);
-      biases.append(get(parameters, names().bias));
+      PyObject* const bias = get(parameters, names().bias);
+      if (bias != Py_None) biases.append(bias);
     }
   }
   return py::make_tuple(py::handle(op), end, weights, biases);
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t n) {
-  HANDLE_TH_ERRORS
-  const Matcher& matcher = *static_cast<const Matcher*>(PyCapsule_GetPointer(self, nullptr));
   const Py_ssize_t begin = n == 3 ? PyLong_AsSsize_t(args[1]) : -1;
-  if (PyErr_Occurred()) throw python_error();
-  TORCH_CHECK_TYPE(begin >= 0 && PyList_Check(args[0]), "find: must be a list, an index, an input");
-  return find(matcher, args[0], begin, args[2]).release().ptr();
-  END_HANDLE_TH_ERRORS
+  if (PyErr_Occurred()) return nullptr;
+  if (begin < 0 || !PyList_Check(args[0])) {
+    PyErr_SetString(PyExc_TypeError, "find: takes a list of steps, an index and an input");
+    return nullptr;
+  }
+  try {
+    const auto& matcher = *static_cast<const Matcher*>(PyCapsule_GetPointer(self, nullptr));
+    return find(matcher, args[0], begin, args[2]).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
 }
 
 PyMethodDef method{"find", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)),

@@ -21,22 +21,23 @@ def linear_relu(input, steps, weights, biases):
 
 
 def mlp(input, steps, weights, biases):
-    some = [bias for bias in biases if bias is not None]
-    if len(some) in (0, len(weights)):  # what one op takes
-        return functional.mlp(input, weights, some)
-    for weight, bias in zip(weights[:-1], biases):
-        input = functional.linear_relu(input, weight, bias)
-    return functional.linear(input, weights[-1], biases[-1])
+    if len(biases) in (0, len(weights)):  # what one op takes
+        return functional.mlp(input, weights, biases)
+    *hidden, last = steps[::2]
+    for layer in hidden:
+        input = functional.linear_relu(input, layer.weight, layer.bias)
+    return functional.linear(input, last.weight, last.bias)
 
 
 def conv2d_relu(input, steps, weights, biases):
-    return steps[0]._convolve(functional.conv2d_relu, input, *weights, *biases)
+    (bias,) = biases or (None,)
+    return steps[0]._convolve(functional.conv2d_relu, input, *weights, bias)
 
 
 def conv2d_relu_max_pool2d(input, steps, weights, biases):
-    conv, _, pool = steps
+    (bias,) = biases or (None,)
     op = functional.conv2d_relu_max_pool2d
-    return conv._convolve(op, input, *weights, *biases, *_window(pool))
+    return steps[0]._convolve(op, input, *weights, bias, *_window(steps[2]))
 
 
 # ``...`` repeats the two kinds that stand before it.
@@ -117,7 +118,7 @@ def _kind_of(step):
 
 
 def find_in_python(steps, begin, input):
-    """(op, end, weights, biases) to run steps[begin:end] on `input` by, or None where
+    """(op, end, weights, biases that are there) to run steps[begin:end] on `input` by, or None where
     steps[begin] is to be called: also where `input` is no plain tensor, or all modules are watched.
     """
     if not functional._ours(input) or any(_GLOBAL_HOOKS):
@@ -126,7 +127,8 @@ def find_in_python(steps, begin, input):
     if op is None:
         return None
     layers = [m for m in steps[begin:end] if not isinstance(m, tuple) and KNOWN[type(m)][2]]
-    return op, end, [m.weight for m in layers], [m.bias for m in layers]
+    biases = [m.bias for m in layers if m.bias is not None]
+    return op, end, [m.weight for m in layers], biases
 
 
 # The same in C++, which torch.compile can't look into: in Python it takes longer than a small op.

@@ -118,9 +118,9 @@ def _kind_of(step):
 
 
 def find_in_python(steps, begin, input):
-    """(op, end, weights, biases that are there) to run steps[begin:end] on `input` by, or None where
-    steps[begin] is to be called: also where `input` is no plain tensor, or all modules are watched.
-    """
+    """(op, end, weights, biases) to run steps[begin:end] on `input` by, with the biases that are
+    not None; or None where steps[begin] is to be called, also because `input` is no plain tensor or
+    all modules are watched."""
     if not functional._ours(input) or any(_GLOBAL_HOOKS):
         return None
     op, end = match(steps, begin)

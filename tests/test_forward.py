@@ -397,3 +397,42 @@ def test_classes_that_ask_for_their_own_class():
         model.train().eval()(torch.randn(3, 4))
         (reason,) = reasons(model)
         assert words in reason
+
+
+class Weighted(Pair):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return F.relu(self.layer(x)) * self.scale
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("again", [None, dlkernels.convert, dlkernels.revert])
+def test_parametrized_later(again):
+    x, plain = torch.randn(3, 4), Weighted()
+    model = dlkernels.convert(copy.deepcopy(plain))
+    assert dlkernels.report(model).fused
+    for m in (plain, model):
+        nn.utils.parametrize.register_parametrization(m, "scale", Doubled())
+    if again:
+        again(model)
+    assert_same(results(copy.deepcopy(model), x), results(plain, x))
+    assert "scale" not in vars(Weighted)
+    nn.utils.parametrize.remove_parametrizations(model, "scale", leave_parametrized=False)
+    torch.testing.assert_close(model(x), Weighted.forward(model, x))
+    assert type(dlkernels.revert(model)) is Weighted
+
+
+def test_classes_derived_of_a_rewritten_one():
+    model = dlkernels.convert(Pair())
+    cls = type(type(model))("Derived", (type(model),), {"__module__": __name__})
+    cls.number = 3
+    assert cls.number == 3 and not hasattr(Pair, "number")
+    del cls.number
+    assert not hasattr(cls, "number")

@@ -4,6 +4,7 @@ whatever is done to the model afterwards."""
 import contextlib
 import copy
 import random
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -251,6 +252,7 @@ def patched(cls, name):
         ("MaxPool2d", "forward"),
         ("Sequential", "forward"),
         ("Module", "__call__"),
+        ("Module", "_call_impl"),
     ],
 )
 def test_patched_classes(kind, name):
@@ -387,6 +389,8 @@ def random_row():
             getattr(m, random.choice(HOOKS))(lambda *args: None)
         if random.random() < 0.05:
             setattr(m, random.choice(["forward", "_conv_forward", "_call_impl"]), len)
+        if random.random() < 0.05:
+            m._parameters = OrderedDict(m._parameters)  # as of a class that gathers them
         if isinstance(m, nn.Linear) and random.random() < 0.1:
             del m.weight
             m.weight = torch.zeros(3, 3)

@@ -76,7 +76,8 @@ PyObject* kind_of(const Matcher& matcher, PyObject* step) {
     if (get(state.ptr(), name)) return nullptr;
   if (PyTuple_GET_ITEM(known, 2) == Py_True) {
     PyObject* const parameters = get(state.ptr(), names().parameters);
-    if (!parameters || !get(parameters, names().weight) || !get(parameters, names().bias))
+    if (!parameters || !PyDict_CheckExact(parameters) || !get(parameters, names().weight) ||
+        !get(parameters, names().bias))
       return nullptr;
   }
   return is_unchanged(PyTuple_GET_ITEM(known, 1)) ? PyTuple_GET_ITEM(known, 0) : nullptr;

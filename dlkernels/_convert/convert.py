@@ -44,7 +44,7 @@ def convert(model, *, fuse=True, verbose=False):
             m.__class__ = torch.nn.Sequential
     for m in model.modules():
         if "forward" not in vars(m):
-            m.__class__ = forward.fused(m)[0] if fuse else forward.base_of(type(m))
+            _set_class(m, forward.fused(m)[0] if fuse else forward.base_of(type(m)))
     if verbose:
         print(report(model))
     return model
@@ -65,8 +65,13 @@ def revert(model):
     """
     check("revert", model)
     for m in model.modules():
-        m.__class__ = _reverted(type(m))
+        _set_class(m, _reverted(type(m)))
     return model
+
+
+def _set_class(m, cls):
+    if cls is not type(m):
+        m.__class__ = cls
 
 
 def _reverted(cls):
@@ -79,4 +84,4 @@ def _reverted(cls):
         return cls
     # What torch makes of the class of a module that is parametrized or sharded.
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, members)
+    return type(cls.__name__, bases, members)

@@ -33,20 +33,30 @@ class _Fused(type):
     attributes are those of their base, which a method may set by ``self.__class__``."""
 
     def __setattr__(cls, name, value):
-        if name in vars(cls):
+        base = base_of(cls)
+        if base is cls or name in vars(cls):
             super().__setattr__(name, value)
         else:
-            setattr(base_of(cls), name, value)
+            setattr(base, name, value)
 
     def __delattr__(cls, name):
-        delattr(base_of(cls), name)
+        base = base_of(cls)
+        if base is cls or name in vars(cls):
+            super().__delattr__(name)
+        else:
+            delattr(base, name)
 
 
 def _itself(cls):
     return cls
 
 
-copyreg.pickle(_Fused, lambda cls: (_itself, (base_of(cls),)))
+def _reduce(cls):
+    base = base_of(cls)
+    return cls.__qualname__ if base is cls else (_itself, (base,))
+
+
+copyreg.pickle(_Fused, _reduce)
 
 
 def base_of(cls):

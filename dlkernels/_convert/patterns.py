@@ -72,7 +72,7 @@ _GLOBAL_HOOKS = (
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
-_GLOBAL_METHODS = ((nn.Module, "__call__", nn.Module.__call__),)
+_GLOBAL_METHODS = tuple((nn.Module, n, getattr(nn.Module, n)) for n in ("__call__", "_call_impl"))
 
 
 # ---- the matcher ----------------------------------------------------------------------------
@@ -111,10 +111,15 @@ def _kind_of(step):
         or "_conv_forward" in state
         or "_call_impl" in state
         or "_compiled_call_impl" in state
-        or (is_layer and not {"weight", "bias"} <= state["_parameters"].keys())
+        or (is_layer and not _has_parameters(state["_parameters"]))
     ):
         return None
     return kind if are_unchanged(methods) else None
+
+
+def _has_parameters(parameters):
+    """Whether weight and bias, which may be None, are kept as usual."""
+    return type(parameters) is dict and "weight" in parameters and "bias" in parameters
 
 
 def find_in_python(steps, begin, input):

@@ -1,6 +1,7 @@
 // p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
 // g[n, c] = weight[c] * ((1 - smoothing) * t[n, c] + smoothing / C), t the target's one-hot row or
-// the probabilities; 0 for a row whose target is ignore_index: 0 times a p that is NaN is NaN
+// the probabilities; 0 for a row whose target is ignore_index. Its gradient is 0, whatever it holds;
+// in (N, C, inner) with inner > 1 it is 0 * p, NaN where PyTorch's is.
 // loss[n] = -sum_c g[n, c] * log p[n, c] = sum_c g[n, c] * (log s + top - x[n, c])
 // grad[n, c] = grad_scale * (p[n, c] * sum_c g[n, c] - g[n, c])
 //
@@ -138,7 +139,7 @@ static double rows_along(const CrossEntropy& a, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; ++i) {
       const bool ignored = is_ignored(a, row + i);
       const double loss = ignored ? 0 : finish_row(a, row + i, top[i], s[i]);
-      if (ignored && a.grad) store_all(0 * s[i], a.grad + (row + i) * C, C);
+      if (ignored && a.grad) store_zeros(a.grad + (row + i) * C, C);
       if (a.losses) a.losses[row + i] = static_cast<float>(loss);
       total += loss;
     }
@@ -178,7 +179,7 @@ static double rows_across(const CrossEntropy& a, int64_t row, int64_t n, const L
 
   float tops[Vec::kWidth], sums[Vec::kWidth], g_sums[Vec::kWidth], fars[Vec::kWidth];
   top.store(tops), s.store(sums), g_sum.store(g_sums), far.store(fars);
-  float to_p[Vec::kWidth], scale[Vec::kWidth];  // 0 in an ignored row, or to_p NaN
+  float to_p[Vec::kWidth], scale[Vec::kWidth];  // 0 in an ignored row, or to_p NaN: see above
   double total = 0;
   for (int64_t i = 0; i < n; ++i) {
     const bool ignored = is_ignored(a, row + i);
@@ -190,7 +191,8 @@ static double rows_across(const CrossEntropy& a, int64_t row, int64_t n, const L
       g_sums[i] += g_t;
     }
     scale[i] = ignored ? 0 : a.grad_scale;
-    to_p[i] = ignored ? 0 * sums[i] : a.grad_scale * g_sums[i] / sums[i];
+    const float none = a.inner > 1 ? 0 * sums[i] : 0;
+    to_p[i] = ignored ? none : a.grad_scale * g_sums[i] / sums[i];
     if (a.losses) a.losses[row + i] = static_cast<float>(loss);
     total += loss;
   }

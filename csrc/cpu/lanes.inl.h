@@ -33,7 +33,6 @@ static inline void each_vector(int64_t begin, int64_t end, const F& f) {
   if (i < end) f(i, end - i);
 }
 
-static void store_all(float x, float* to, int64_t size) {
-  each_vector(0, size, [&](int64_t i, int64_t n) { store(Vec::fill(x), to + i, n); });
+static void store_zeros(float* to, int64_t size) {
+  each_vector(0, size, [&](int64_t i, int64_t n) { store(Vec::zero(), to + i, n); });
 }
-static void store_zeros(float* to, int64_t size) { store_all(0, to, size); }

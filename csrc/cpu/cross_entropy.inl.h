@@ -1,7 +1,7 @@
 // p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
 // g[n, c] = weight[c] * ((1 - smoothing) * t[n, c] + smoothing / C), t the target's one-hot row or
-// the probabilities; 0 for a row whose target is ignore_index. Its gradient is 0, whatever it holds;
-// in (N, C, inner) with inner > 1 it is 0 * p, NaN where PyTorch's is.
+// the probabilities; 0 for a row whose target is ignore_index. Its gradient is 0, whatever it
+// holds; in (N, C, inner) with inner > 1 it is 0 * p, NaN where PyTorch's is.
 // loss[n] = -sum_c g[n, c] * log p[n, c] = sum_c g[n, c] * (log s + top - x[n, c])
 // grad[n, c] = grad_scale * (p[n, c] * sum_c g[n, c] - g[n, c])
 //

@@ -59,10 +59,10 @@ def test_every_way_to_write_it():
     assert sorted(report.fused) == [
         ("", "conv2d_relu_max_pool2d", "conv1, F.relu, F.max_pool2d"),
         ("", "conv2d_relu_max_pool2d", "conv2, F.relu, pool"),
-        ("", "known when it is called", "layer, torch.relu"),
-        ("", "known when it is called", "more[0], relu_"),
         ("", "linear_relu", "fc1, act"),
         ("", "linear_relu", "fc2, relu"),
+        ("", "linear_relu or conv2d_relu", "layer, torch.relu"),
+        ("", "linear_relu or conv2d_relu", "more[0], relu_"),
     ]
     assert isinstance(model, Functions) and repr(model) == text
     with calls(KERNELS):

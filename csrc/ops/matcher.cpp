@@ -1,5 +1,5 @@
 // Which modules in a row run as one op: find() of dlkernels/_convert/patterns.py, which says why.
-// In Python it takes 1.5 us a module, where a small op takes 5; here it takes 0.2.
+// With it in Python a Sequential of three modules takes 3 us more, where a small op takes 5.
 #include "ops/torch_headers.h"
 
 #include "matcher.h"

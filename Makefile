@@ -13,7 +13,7 @@ PY := $(abspath $(VENV))/bin/python
 # Python compiles what is imported, and keeps that; pip would compile all of it, which takes a minute.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE :=
-SANITIZED = $(MAKE) --no-print-directory --output-sync=target -C tests --jobs=$(shell nproc)
+SANITIZED = $(MAKE) --no-print-directory --output-sync=target -C tests/cpp --jobs=$(shell nproc)
 # Two processes: where one is busy in Python, the other has the second core, for which no thread spins.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
@@ -73,15 +73,15 @@ cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an
 
 gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m dlkernels.gpu_check
+	cd tests && PYTHONPATH=$(CURDIR) $(PYTHON) gpu_check.py
 
 race:  ## test them for data races under TSan: two minutes
-	$(SANITIZED) ../build/kernels_race
+	$(SANITIZED) ../../build/kernels_race
 	build/kernels_race 10
 
 # 20,000 cases of each op and 1,000 of each kernel under sanitizers: half an hour on two cores.
 fuzz: $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=... repeats a run, CASES=... of each
-	$(SANITIZED) ../build/kernels_test
+	$(SANITIZED) ../../build/kernels_test
 	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
 	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PYTEST) test_fuzz.py
 
@@ -95,10 +95,10 @@ lint: $(VENV)/.lint  ## check style and the rules of the house
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
-	# Kernels know no torch, intrinsics stand in simd_*.h, conditions in the x86 guard and ops/common.h.
+	# Kernels know no torch, intrinsics stand in cpu/simd, conditions in x86 guards.
 	! grep -rnE '#include *[<"](torch|ATen|c10)|\b(torch|ATen|at|c10)::' csrc/cpu $(wildcard csrc/cuda)
-	! grep -rnE --exclude='simd_*.h' '\b_mm[0-9]*_' csrc
-	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(ops/common\.h|cuda/common\.cuh|cpu/(isa_[a-z0-9]+|dispatch)\.cpp):'
+	! grep -rnE --exclude-dir=simd '\b_mm[0-9]*_' csrc
+	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(cuda/common\.cuh|cpu/(simd/vec\.h|dispatch\.cpp)):'
 
 format: $(VENV)/.lint  ## rewrite the sources in the house's style
 	$(PY) -m ruff check --fix .

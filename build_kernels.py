@@ -67,7 +67,8 @@ def compile_all(folder: Path, commands: dict[Path, list]) -> list[Path]:
     def compile_one(source: Path) -> Path:
         command, out = commands[source], folder / f"{source.stem}.o"
         said, good = out.with_suffix(".txt"), [str(command), str([*command, *STRICT])]
-        sources = [source, *source.parent.glob("*.*h"), *SOURCE.glob("*.h")]
+        kernels = SOURCE / source.relative_to(SOURCE).parts[0]
+        sources = [source, *kernels.rglob("*.*h"), *SOURCE.glob("*.h")]
         newest = max(path.stat().st_mtime for path in sources)
         fresh = said.exists() and said.stat().st_mtime > newest
         if not fresh or said.read_text().partition("\n")[0] not in good:
@@ -92,7 +93,7 @@ def build_cpu(folder: Path, compiler: list) -> list[Path]:
 def build_cuda(folder: Path, library: Path, strict: bool = False) -> str:
     """Write the library, its objects to `folder`; returns what the assembler said."""
     commands = {}
-    for source in sorted(SOURCE.glob("cuda/*.cu")):
+    for source in sorted(SOURCE.glob("cuda/**/*.cu")):
         least = LEAST_OF_PRODUCTS if source.stem in PRODUCTS else 0
         commands[source] = [nvcc(), *FLAGS, *architectures(least), *(STRICT if strict else [])]
     objects = compile_all(folder, commands)

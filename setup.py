@@ -100,15 +100,15 @@ def compiled() -> dict:
 
         def precompile_torch_headers(self, compiler):
             # Beside a copy: GCC looks for both in a folder, and for the precompiled one first.
-            header = Path(self.build_temp, "ops", "torch_headers.h").resolve()
+            header = Path(self.build_temp, "ops", "core", "torch_headers.h").resolve()
             precompiled = header.with_suffix(".h.gch")
             header.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2("csrc/ops/torch_headers.h", header)
+            shutil.copy2("csrc/ops/core/torch_headers.h", header)
             if not precompiled.exists() or precompiled.stat().st_mtime < header.stat().st_mtime:
                 # Unchecked: without it, or with another compiler, the build takes longer, no more.
                 command = [*compiler, *include, "-w", "-xc++-header", header, "-o", precompiled]
                 subprocess.run(command)
-            self.extensions[0].include_dirs.insert(0, str(header.parents[1]))
+            self.extensions[0].include_dirs.insert(0, str(header.parents[2]))
 
         def run(self):
             super().run()
@@ -126,7 +126,7 @@ def compiled() -> dict:
 
     extension = CppExtension(
         "dlkernels._C",
-        sorted(glob("csrc/ops/*.cpp")),
+        sorted(glob("csrc/ops/**/*.cpp", recursive=True) + glob("csrc/python/*.cpp")),
         depends=sorted(glob("csrc/**/*.*", recursive=True)),
         # -isystem, so that the warnings shown are ours and not those of torch's headers.
         extra_compile_args=[*FLAGS, *include],

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 import dlkernels
-from bad_input import GROUPS
+from support.bad_input import GROUPS
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_bad_input(group):
-    program = Path(__file__).with_name("bad_input.py")
-    path = os.pathsep.join(map(str, (Path(dlkernels.__file__).parents[1], program.parent)))
+    program = Path(__file__).parent / "support" / "bad_input.py"
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", program, group],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": str(Path(dlkernels.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=200,

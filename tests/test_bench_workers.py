@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import planted
 from dlkernels.__main__ import main
 from dlkernels.benchmarks import suite
 from dlkernels.benchmarks.timing import Failed, Others, cpu_time
 from dlkernels.benchmarks.worker import Workers
-from planted import FIRST, LATER, Planted
+from support import planted
+from support.planted import FIRST, LATER, Planted
 
 
 @pytest.fixture(autouse=True)

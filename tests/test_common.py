@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import assert_close, assert_exact, assert_refused_alike, calls, check, compare
+from support.common import assert_close, assert_exact, assert_refused_alike, calls, check, compare
 
 EXACT = torch.tensor([1.0, -2.0, float("nan"), float("inf"), 0.0], dtype=torch.float64)
 NAN, INF = float("nan"), float("inf")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-import reference
-from common import RTOL, assert_exact, assert_refused_alike, calls, check, thinned
+from support import reference
+from support.common import RTOL, assert_exact, assert_refused_alike, calls, check, thinned
 
 pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
 PAIRS = {

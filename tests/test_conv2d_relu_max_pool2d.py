@@ -11,8 +11,8 @@ from torch import nn
 
 import dlkernels
 import dlkernels.functional as ours
-import reference
-from common import RTOL, assert_refused_alike, calls, check, steps, thinned
+from support import reference
+from support.common import RTOL, assert_refused_alike, calls, check, steps, thinned
 
 pytestmark = pytest.mark.usefixtures("ieee")  # test_conv2d_algorithms.py has the others
 NAN, INF = float("nan"), float("inf")

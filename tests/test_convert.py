@@ -10,9 +10,9 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import dlkernels
-from common import calls
 from dlkernels import nn as ours
-from models import assert_same, cnn, images, mlp, models, results
+from support.common import calls
+from support.models import assert_same, cnn, images, mlp, models, results
 
 
 def classes(model):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlkernels.functional as ours
-from common import assert_close, calls, check, convert
+from support.common import assert_close, calls, check, convert
 
 NAN, INF = float("nan"), float("inf")
 reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

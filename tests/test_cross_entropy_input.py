@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import assert_refused_alike
+from support.common import assert_refused_alike
 
 NAN, INF = float("nan"), float("inf")
 

@@ -20,8 +20,8 @@ import test_linear
 import test_max_pool2d
 import test_mlp
 import test_relu
-from common import check, convert, steps
-from optim_table import ADAM
+from support.common import check, convert, steps
+from support.optim_table import ADAM
 
 NO_KERNELS = dlkernels.info()["cuda_reason"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ import torch
 
 import dlkernels
 import dlkernels.functional as ours
-from common import calls
+from support.common import calls
 
 pytestmark = pytest.mark.cuda
 

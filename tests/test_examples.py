@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import calls
+from support.common import calls
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LINEAR = {"linear", "linear_backward"}

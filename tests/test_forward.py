@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlkernels
-from common import calls
 from dlkernels._convert import rewrite
-from models import assert_same, results
+from support.common import calls
+from support.models import assert_same, results
 
 
 class Functions(nn.Module):

@@ -14,10 +14,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 
 import dlkernels
-from common import calls
 from dlkernels import nn as ours
 from dlkernels._convert import patterns
-from models import assert_same, results
+from support.common import calls
+from support.models import assert_same, results
 
 
 def cnn():

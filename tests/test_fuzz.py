@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 import dlkernels
 import dlkernels.functional as ours
-from common import assert_close
-from fuzz_conv import check_conv, check_pool, convs, far_convs, pools
-from fuzzing import EXTREMES, agree, flag, kinds, make, maybe, size, with_dtype
-from regressions import REGRESSIONS
+from support.common import assert_close
+from support.fuzz_conv import check_conv, check_pool, convs, far_convs, pools
+from support.fuzzing import EXTREMES, agree, flag, kinds, make, maybe, size, with_dtype
+from support.regressions import REGRESSIONS
 
 COUNT = int(os.environ.get("DLKERNELS_FUZZ", 0))
 SEED = int(os.environ.get("DLKERNELS_FUZZ_SEED", 0)) or random.randrange(1, 2**32)

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import dlkernels
 import dlkernels.functional as ours
-from common import calls
+from support.common import calls
 
 TARGET = torch.tensor([0, 2, 4, 1])
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import RTOL, assert_exact, assert_refused_alike, calls, check
+from support.common import RTOL, assert_exact, assert_refused_alike, calls, check
 
 PAIRS = {
     "linear": (ours.linear, F.linear),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import dlkernels.functional as ours
 import dlkernels.nn
-from common import assert_refused_alike, calls, check, steps, thinned
+from support.common import assert_refused_alike, calls, check, steps, thinned
 
 KERNELS = {"forward": ["max_pool2d"], "backward": ["max_pool2d_backward"]}
 NAN, INF = float("nan"), float("inf")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlkernels.functional as ours
-from common import RTOL, assert_close, calls, check
 from dlkernels.nn import MLP
+from support.common import RTOL, assert_close, calls, check
 
 
 def stack(input, *parameters):

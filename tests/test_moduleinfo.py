@@ -8,9 +8,9 @@ from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from common import calls, compare
 from dlkernels import nn as ours
-from samples import assert_same, outcome
+from support.common import calls, compare
+from support.samples import assert_same, outcome
 
 OPS = {
     "Linear": "linear",

@@ -9,8 +9,8 @@ import torch
 from torch.nn.utils import prune
 
 import dlkernels
-from common import calls
 from dlkernels import nn as ours
+from support.common import calls
 
 # name: arguments, keyword arguments, input's shape
 CASES = {

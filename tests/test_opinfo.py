@@ -12,8 +12,8 @@ from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils._pytree import tree_leaves
 
 import dlkernels.functional as ours
-from common import FULL, RTOL, calls, check
-from samples import assert_same, outcome
+from support.common import FULL, RTOL, calls, check
+from support.samples import assert_same, outcome
 
 OPS = "linear", "relu", "conv2d", "max_pool2d", "cross_entropy"
 INFO = {op: next(i for i in op_db if i.name == f"nn.functional.{op}") for op in OPS}

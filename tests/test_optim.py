@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import calls
-from optim_table import FLOAT32, PAIRS, assert_same, full, pair, train
+from support.common import calls
+from support.optim_table import FLOAT32, PAIRS, assert_same, full, pair, train
 
 ADAM = [
     {},

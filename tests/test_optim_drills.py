@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dlkernels import optim as ours
-from optim_samples import INFO, make, names, seen, steps
-from samples import assert_same, outcome
+from support.optim_samples import INFO, make, names, seen, steps
+from support.samples import assert_same, outcome
 
 # Each takes (name, library, the other library, options) and returns what is compared.
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import dlkernels
-from common import calls
-from optim_table import FLOAT32, PAIRS, assert_same, full, pair, tensor_list, train
+from support.common import calls
+from support.optim_table import FLOAT32, PAIRS, assert_same, full, pair, tensor_list, train
 
 
 class Counted(torch.Tensor):

@@ -7,8 +7,8 @@ import torch
 
 import dlkernels
 import dlkernels.functional as ours
-from common import assert_close, calls, steps
-from optim_table import ADAM, flat, ops, ops_and_options
+from support.common import assert_close, calls, steps
+from support.optim_table import ADAM, flat, ops, ops_and_options
 
 
 def samples(op, options=(), device="cpu"):

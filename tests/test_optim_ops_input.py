@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from common import calls
-from optim_table import ADAM, RMSPROP, SGD, flat, ops
+from support.common import calls
+from support.optim_table import ADAM, RMSPROP, SGD, flat, ops
 
 
 @ops

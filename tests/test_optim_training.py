@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import assert_close, calls
-from optim_table import PAIRS, full, pair
+from support.common import assert_close, calls
+from support.optim_table import PAIRS, full, pair
 
 
 def model_and_data():

@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing._internal import common_optimizers
 
 import dlkernels
-from common import FULL
 from dlkernels import optim as ours
-from optim_samples import (
+from support.common import FULL
+from support.optim_samples import (
     GRADIENTS,
     INFO,
     PARAMETERS,
@@ -23,7 +23,7 @@ from optim_samples import (
     seen,
     steps,
 )
-from samples import assert_same, outcome
+from support.samples import assert_same, outcome
 
 LIBRARIES = ours, torch.optim
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
-from common import calls, check
+from support.common import calls, check
 
 
 def samples(device="cpu"):

@@ -11,9 +11,9 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlkernels
-from common import calls
 from dlkernels import functional
 from dlkernels import nn as ours
+from support.common import calls
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import dlkernels
-from common import calls
+from support.common import calls
 
 STEPS = 30
 

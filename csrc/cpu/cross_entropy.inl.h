@@ -6,6 +6,13 @@
 // grad[n, c] = grad_scale * (p[n, c] * sum_c g[n, c] - g[n, c])
 //
 // All of a row is done while it is in cache: grad holds the exponentials in between.
+#pragma once
+#include "cpu/simd/vec.h"
+#include "cpu/gemm/pack.inl.h"
+#include "cpu/simd/exp.inl.h"
+
+namespace dlkernels::cpu {
+namespace {
 
 // Of the target, and what every class gets.
 static float keep(const CrossEntropy& a) { return 1 - a.smoothing; }
@@ -279,3 +286,6 @@ static void cross_entropy_backward(const CrossEntropy& a, const float* grad_y, i
     }
   }
 }
+
+}  // namespace
+}  // namespace dlkernels::cpu

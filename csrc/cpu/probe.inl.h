@@ -1,4 +1,9 @@
 // How fast multiply-adds can be: the roof that benchmarks hold kernels against.
+#pragma once
+#include "cpu/simd/vec.h"
+
+namespace dlkernels::cpu {
+namespace {
 
 constexpr int64_t kProbeChains = 12;  // latency 4-5 at two a cycle wants 10; 16 registers hold 12
 
@@ -14,3 +19,6 @@ static float multiply_add(int64_t times) {
   for (int64_t c = 0; c < kProbeChains; ++c) total = total + chain[c];
   return sum(total);
 }
+
+}  // namespace
+}  // namespace dlkernels::cpu

@@ -1,36 +1,25 @@
 // The kernel table of one instruction set. An isa_<name>.cpp includes its simd header, sets ISA,
 // and includes this file. Only <immintrin.h> and <cstdint> may be included in such a file: an
 // inline std:: function compiled here could be the copy the linker keeps for all machines.
-#include "kernels.h"
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/conv2d/depthwise.inl.h"
+#include "cpu/conv2d/direct.inl.h"
+#include "cpu/conv2d/winograd.inl.h"
+#include "cpu/cross_entropy.inl.h"
+#include "cpu/gemm/dot.inl.h"
+#include "cpu/gemm/gemm.inl.h"
+#include "cpu/optim/adadelta.inl.h"
+#include "cpu/optim/adagrad.inl.h"
+#include "cpu/optim/adam.inl.h"
+#include "cpu/optim/rmsprop.inl.h"
+#include "cpu/optim/sgd.inl.h"
+#include "cpu/pool2d/max_pool2d.inl.h"
+#include "cpu/pool2d/max_pool2d_backward.inl.h"
+#include "cpu/probe.inl.h"
+#include "cpu/relu.inl.h"
 
 namespace dlkernels::cpu {
-namespace {
-#include "lanes.inl.h"
-#include "math.inl.h"
-#include "pack.inl.h"
-#include "tile.inl.h"
-#include "block.inl.h"
-
-#include "gemm.inl.h"
-#include "cut.inl.h"
-#include "few_outputs.inl.h"
-#include "optim.inl.h"
-
-#include "adadelta.inl.h"
-#include "adagrad.inl.h"
-#include "adam.inl.h"
-#include "conv2d.inl.h"
-#include "cross_entropy.inl.h"
-#include "depthwise.inl.h"
-#include "dot.inl.h"
-#include "max_pool2d.inl.h"
-#include "max_pool2d_backward.inl.h"
-#include "probe.inl.h"
-#include "relu.inl.h"
-#include "rmsprop.inl.h"
-#include "sgd.inl.h"
-#include "winograd.inl.h"
-}  // namespace
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)

@@ -1,7 +1,7 @@
 // What the kernels share: types, 16-byte accesses, grids that stride, sums over a warp and a block.
 #pragma once
 #ifdef __CUDACC__
-#include "device.cuh"  // else tests/cuda_on_cpu.h came first
+#include "cuda/device.cuh"  // else tests/cuda_on_cpu.h came first
 #endif
 
 namespace dlkernels::cuda {

@@ -2,7 +2,7 @@
 // global memory: what the second pass over it needs stays in shared memory, as far as it fits.
 #include <cfloat>
 
-#include "cross_entropy.cuh"
+#include "cuda/cross_entropy.cuh"
 
 namespace dlkernels::cuda {
 

@@ -1,6 +1,6 @@
 // How the rows of cross_entropy are laid on threads, and a thread's part of a row.
 #pragma once
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dlkernels::cuda {
 

@@ -6,7 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "kernels.h"
+#include "cuda/kernels.h"
 
 namespace dlkernels::cuda {
 

@@ -8,7 +8,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../dtype.h"
+#include "shapes.h"
 
 namespace dlkernels::cuda {
 
@@ -56,7 +56,7 @@ Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& po
 
 // ---- cross-entropy -------------------------------------------------------------------------
 
-// Rows of 1 to kMostClasses logits, C of them, and what each should have been: a class, or a
+// Rows of 1 to kMaxClasses logits, C of them, and what each should have been: a class, or a
 // probability for every class. Row n * inner + i has its class c at element (n * C + c) * inner +
 // i. With
 //   p[n, c] = exp(x[n, c] - top) / s, top = max_c x[n, c], s = sum_c exp(x[n, c] - top)
@@ -65,7 +65,7 @@ Error max_pool2d_indices(const uint8_t* argmax, int64_t* indices, const Pool& po
 // a row's loss is sum_c g[n, c] * (log s + top - x[n, c]), its gradient p[n, c] * sum_c g[n, c] -
 // g[n, c]. A mean divides by the sum of the targets' weights, or by the rows that are not ignored.
 // In a row whose target is no class, loss and gradient are NaN.
-constexpr int64_t kMostClasses = int64_t{1} << 30;
+constexpr int64_t kMaxClasses = int64_t{1} << 30;
 enum class Reduction { kNone, kMean, kSum };  // as PyTorch numbers them
 struct CrossEntropy {
   const void* x;              // (N, C, inner)

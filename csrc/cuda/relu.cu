@@ -1,5 +1,5 @@
 // relu and its gradient: 16 bytes a thread and access.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dlkernels::cuda {
 

@@ -1,5 +1,5 @@
 // The table that _C_cuda exports, and nothing else.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
   using namespace dlkernels::cuda;

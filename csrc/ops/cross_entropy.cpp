@@ -1,6 +1,7 @@
-// cross_entropy: schema, shapes, CPU, CUDA and gradient. The arithmetic is in
-// cpu/cross_entropy.inl.h and cuda/cross_entropy.cu; cross_entropy_cuda.cpp calls the latter.
-#include "ops/torch_headers.h"
+// cross_entropy: loss[n] = -sum_c g[n, c] * log softmax(input[n])[c], where g is the target. The
+// arithmetic is in cpu/cross_entropy.inl.h and cuda/cross_entropy.cu; cross_entropy_cuda.cpp calls
+// the latter.
+#include "ops/core/torch_headers.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cross_entropy_loss.h>
@@ -14,93 +15,15 @@
 #include <cmath>
 #include <numeric>
 
-#include "cross_entropy.h"
-#include "gradient.h"
+#include "ops/core/op.h"
+#include "ops/cross_entropy.h"
 
 namespace dlkernels {
-
-TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
-  // reduction is PyTorch's number: 0 none, 1 mean, 2 sum.
-  m.def(
-      "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
-      "int ignore_index=-100, float label_smoothing=0.0) -> Tensor");
-  // The loss and its gradient.
-  m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
-      "int ignore_index, float label_smoothing) -> (Tensor loss, Tensor grad)");
-  m.def(
-      "cross_entropy_backward(Tensor grad_y, Tensor grad, Tensor target, int ignore_index) "
-      "-> Tensor");
-}
-
 namespace {
 
 using namespace entropy;
 
-OpStats cross_entropy_stats("cross_entropy"),
-    cross_entropy_backward_stats("cross_entropy_backward");
-
-using Two = std::tuple<Tensor, Tensor>;
-// Of cross_entropy (one tensor) and cross_entropy_forward (two).
-template <class Result>
-using CrossEntropy = Result(const Tensor& input, const Tensor& target,
-                            const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                            double label_smoothing);
-using CrossEntropyBackward = Tensor(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                                    int64_t ignore_index);
-
-// f as the ops are called.
-template <class Result, Result (*f)(const Args&)>
-Result called(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
-              int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return f({input, target, weight, reduction, ignore_index, label_smoothing});
-}
-
-// PyTorch's own, for what is not ours.
-Tensor cross_entropy_torch(const Args& a) {
-  cross_entropy_stats.torch_ran();
-  const Tensor loss = at::cross_entropy_loss(a.input, a.target, a.weight, a.reduction,
-                                             a.ignore_index, a.label_smoothing);
-  check_smoothing(a.label_smoothing);  // after what PyTorch itself refuses, as it refuses that
-  return loss;
-}
-
-// ---- shapes: shared by every device and by torch.compile, hence SymInt --------------------
-
-Tensor cross_entropy_meta(const Args& a) { return ours(a) ? new_loss(a) : cross_entropy_torch(a); }
-
-Two cross_entropy_forward_meta(const Args& a) {
-  TORCH_CHECK_NOT_IMPLEMENTED(ours(a), "cross_entropy_forward: input must be ", kOurDTypes,
-                              " with classes and target fit it, got ", a.input.scalar_type(), " ",
-                              a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
-                              a.target.sym_sizes());
-  return {new_loss(a), at::empty_symint(a.input.sym_sizes(), a.input.options())};
-}
-
-void check_backward(const Tensor& grad_y, const Tensor& grad, const Tensor& target) {
-  check_device("cross_entropy_backward", grad, grad_y);
-  check_device("cross_entropy_backward", grad, target);
-  TORCH_CHECK_NOT_IMPLEMENTED(is_ours(grad_y) && is_ours(grad) && same_dtype(grad, grad_y),
-                              "cross_entropy_backward: tensors must be dense ", kOurDTypes,
-                              ", got grad_y ", grad_y.scalar_type(), " and grad ",
-                              grad.scalar_type());
-  TORCH_CHECK(grad.dim() > 0, "cross_entropy_backward: grad must be (C) or (N, C, ...), got ()");
-  const c10::SymDimVector row_dims = row_sizes(grad);
-  const c10::SymIntArrayRef rows = row_dims;
-  TORCH_CHECK(grad_y.dim() == 0 || grad_y.sym_sizes() == rows,
-              "cross_entropy_backward: grad_y must be () or ", rows, ", got ", grad_y.sym_sizes());
-  TORCH_CHECK(gives_probabilities(grad, target) ||
-                  (target.layout() == at::kStrided && target.sym_sizes() == rows &&
-                   (target.scalar_type() == at::kLong || target.scalar_type() == at::kByte)),
-              "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ", rows,
-              ", got ", target.scalar_type(), " ", target.sym_sizes());
-}
-
-Tensor cross_entropy_backward_meta(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                                   int64_t) {
-  check_backward(grad_y, grad, target);
-  return at::empty_symint(grad.sym_sizes(), grad.options());
-}
+OpStats stats("cross_entropy");
 
 // ---- cpu ----------------------------------------------------------------------------------
 
@@ -136,8 +59,7 @@ double check_targets(const int64_t* target, int64_t rows, const float* weight, i
 }
 
 // Fills loss, and grad where it is defined.
-void compute(const Args& a, const Tensor& loss, const Tensor& grad) {
-  cross_entropy_stats.kernel_ran();
+void compute_cpu(const Args& a, const Tensor& loss, const Tensor& grad) {
   const bool probabilities = gives_probabilities(a.input, a.target);
   const bool mean = a.reduction == at::Reduction::Mean, none = a.reduction == at::Reduction::None;
   const Tensor x = a.input.contiguous();
@@ -179,80 +101,68 @@ bool near_infinity(const optional<Tensor>& weight) {
   return !std::all_of(first, first + w.numel(), [](float x) { return std::abs(x) < 1e30f; });
 }
 
-Two cross_entropy_forward_torch(const Args& a) {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const c10::impl::ForceDispatchKeyGuard with_autograd(
-      tls.included_, tls.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  const at::AutoGradMode with_graph(true);
-  const Tensor x = a.input.detach().requires_grad_();
-  const Tensor loss =
-      cross_entropy_torch({x, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing});
-  return {loss.detach(), torch::autograd::grad({loss}, {x}, {at::ones_like(loss)})[0]};
+// ---- the gradient -------------------------------------------------------------------------
+
+void check_backward(const Tensor& grad_y, const Tensor& grad, const Tensor& target) {
+  check_device("cross_entropy_backward", grad, grad_y);
+  check_device("cross_entropy_backward", grad, target);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_supported(grad_y) && is_supported(grad) && same_dtype(grad, grad_y),
+      "cross_entropy_backward: tensors must be dense ", kSupportedDTypes, ", got grad_y ",
+      grad_y.scalar_type(), " and grad ", grad.scalar_type());
+  TORCH_CHECK(grad.dim() > 0, "cross_entropy_backward: grad must be (C) or (N, C, ...), got ()");
+  const c10::SymDimVector row_dims = row_sizes(grad);
+  const c10::SymIntArrayRef rows = row_dims;
+  TORCH_CHECK(grad_y.dim() == 0 || grad_y.sym_sizes() == rows,
+              "cross_entropy_backward: grad_y must be () or ", rows, ", got ", grad_y.sym_sizes());
+  TORCH_CHECK(gives_probabilities(grad, target) ||
+                  (target.layout() == at::kStrided && target.sym_sizes() == rows &&
+                   (target.scalar_type() == at::kLong || target.scalar_type() == at::kByte)),
+              "cross_entropy_backward: target must be ", grad.sym_sizes(), " or classes ", rows,
+              ", got ", target.scalar_type(), " ", target.sym_sizes());
 }
 
-Tensor cross_entropy_cpu(const Args& a) {
-  if (!ours(a) || near_infinity(a.weight)) return cross_entropy_torch(a);
-  const Tensor loss = new_loss(a);
-  compute(a, loss, Tensor());
-  return loss;
-}
+// grad is that of cross_entropy_forward.
+struct CrossEntropyBackward
+    : Op<CrossEntropyBackward, Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)> {
+  static constexpr const char* kName = "cross_entropy_backward";
+  static constexpr const char* kSchema =
+      "(Tensor grad_y, Tensor grad, Tensor target, int ignore_index) -> Tensor";
+  inline static OpStats stats{kName};
 
-Two cross_entropy_forward_cpu(const Args& a) {
-  const Two out = cross_entropy_forward_meta(a);
-  if (near_infinity(a.weight)) return cross_entropy_forward_torch(a);
-  huge(std::get<1>(out));
-  compute(a, std::get<0>(out), std::get<1>(out));
-  return out;
-}
+  struct Args {
+    const Tensor &grad_y, &grad, &target;
+    int64_t ignore_index;
+  };
 
-Tensor cross_entropy_backward_cpu(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                                  int64_t ignore_index) {
-  Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
-  cross_entropy_backward_stats.kernel_ran();
-  if (grad.numel() == 0) return grad_x;
-  const Tensor from = grad.contiguous(), gy = grad_y.contiguous();
-  const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
-  const int64_t C = grad.size(grad.dim() == 1 ? 0 : 1);
-  const cpu::CrossEntropy args = {.x = from.const_data_ptr<float>(),
-                                  .target = t.defined() ? t.const_data_ptr<int64_t>() : nullptr,
-                                  .C = C,
-                                  .inner = inner(grad),
-                                  .ignore_index = ignore_index,
-                                  .grad = grad_x.mutable_data_ptr<float>()};
-  const float* g = gy.const_data_ptr<float>();
-  parallel_chunks(grad.numel() / C, 16 * block_of(C), [&](int64_t begin, int64_t end) {
-    cpu::kernels().cross_entropy_backward(args, g, grad_y.dim() == 0 ? 0 : 1, begin, end);
-  });
-  return grad_x;
-}
+  static Tensor meta(const Args& a) {
+    check_backward(a.grad_y, a.grad, a.target);
+    return at::empty_symint(a.grad.sym_sizes(), a.grad.options());
+  }
 
-// ---- cuda ---------------------------------------------------------------------------------
+  static void cpu(const Tensor& grad_x, const Args& a) {
+    const auto& [grad_y, grad, target, ignore_index] = a;
+    if (grad.numel() == 0) return;
+    const Tensor from = grad.contiguous(), gy = grad_y.contiguous();
+    const Tensor t = gives_probabilities(grad, target) ? Tensor() : as_indices(target);
+    const int64_t C = grad.size(grad.dim() == 1 ? 0 : 1), step = grad_y.dim() == 0 ? 0 : 1;
+    const cpu::CrossEntropy args = {.x = from.const_data_ptr<float>(),
+                                    .target = t.defined() ? t.const_data_ptr<int64_t>() : nullptr,
+                                    .C = C,
+                                    .inner = inner(grad),
+                                    .ignore_index = ignore_index,
+                                    .grad = grad_x.mutable_data_ptr<float>()};
+    const float* const g = gy.const_data_ptr<float>();
+    parallel_chunks(grad.numel() / C, 16 * block_of(C), [&](int64_t begin, int64_t end) {
+      cpu::kernels().cross_entropy_backward(args, g, step, begin, end);
+    });
+  }
 
-Tensor cross_entropy_cuda(const Args& a) {
-  if (!ours(a)) return cross_entropy_torch(a);
-  const Tensor loss = new_loss(a);
-  cross_entropy_stats.kernel_ran();
-  compute_cuda(a, loss, Tensor());
-  return loss;
-}
-
-Two cross_entropy_forward_cuda(const Args& a) {
-  const Two out = cross_entropy_forward_meta(a);
-  cross_entropy_stats.kernel_ran();
-  compute_cuda(a, std::get<0>(out), std::get<1>(out));
-  return out;
-}
-
-Tensor cross_entropy_backward_cuda(const Tensor& grad_y, const Tensor& grad, const Tensor& target,
-                                   int64_t ignore_index) {
-  report_no_class();
-  const Tensor grad_x = cross_entropy_backward_meta(grad_y, grad, target, ignore_index);
-  cross_entropy_backward_stats.kernel_ran();
-  scale_cuda(grad_y, grad, target, ignore_index, grad_x);
-  return grad_x;
-}
-
-// ---- gradient -----------------------------------------------------------------------------
+  static void cuda(const Tensor& grad_x, const Args& a) {
+    report_no_class();
+    scale_cuda(a.grad_y, a.grad, a.target, a.ignore_index, grad_x);
+  }
+};
 
 bool is_one(const Tensor& grad_y) {
   return grad_y.dim() == 0 && grad_y.is_cpu() && grad_y.scalar_type() == at::kFloat &&
@@ -297,93 +207,144 @@ Tensor logits_of(const Tensor& grad, const Tensor& target, const Tensor& weight,
   return p.clamp_min(0).log().to(grad.scalar_type());
 }
 
-struct CrossEntropyFunction : Function<CrossEntropyFunction> {
-  static constexpr const char* kNode = "CrossEntropyBackward";
+// ---- forward ------------------------------------------------------------------------------
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
-                        const optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                        double label_smoothing) {
-    static const BelowAutograd<CrossEntropy<Two>> op("dlkernels::cross_entropy_forward");
-    auto [loss, grad] = op(input, target, weight, reduction, ignore_index, label_smoothing);
-    // Not the logits, which may be freed or written to before backward, as with PyTorch's op; and
-    // the weights for a gradient of the gradient alone.
-    ctx->save_for_backward({grad, target, weight.value_or(Tensor())});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    return loss;
+Tensor aten_cross_entropy(const Args& a) {
+  const Tensor loss = at::cross_entropy_loss(a.input, a.target, a.weight, a.reduction,
+                                             a.ignore_index, a.label_smoothing);
+  check_smoothing(a.label_smoothing);  // after what PyTorch itself refuses, as it refuses that
+  return loss;
+}
+
+template <class Result>
+using Signature = Result(const Tensor&, const Tensor&, const optional<Tensor>&, int64_t, int64_t,
+                         double);
+
+// The loss and its gradient.
+struct CrossEntropyForward : Op<CrossEntropyForward, Signature<TensorPair>> {
+  static constexpr const char* kName = "cross_entropy_forward";
+  static constexpr const char* kSchema =
+      "(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing) -> (Tensor loss, Tensor grad)";
+  static constexpr OpStats& stats = dlkernels::stats;
+  using Args = entropy::Args;
+
+  static TensorPair meta(const Args& a) {
+    TORCH_CHECK_NOT_IMPLEMENTED(are_supported(a), kName, ": input must be ", kSupportedDTypes,
+                                " with classes and target fit it, got ", a.input.scalar_type(), " ",
+                                a.input.sym_sizes(), " and ", a.target.scalar_type(), " ",
+                                a.target.sym_sizes());
+    return {new_loss(a), at::empty_symint(a.input.sym_sizes(), a.input.options())};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const BelowAutograd<CrossEntropyBackward> op("dlkernels::cross_entropy_backward");
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &grad = saved[0], &target = saved[1], &weight = saved[2];
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    variable_list out(6);  // one an argument of forward
-    if (is_differentiated(grads[0], cross_entropy_backward_stats)) {
-      const int64_t reduction = ctx->saved_data["reduction"].toInt();
-      const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
-      out[0] = differentiable_backward(
-          [&](const variable_list& in) {
-            return at::cross_entropy_loss(in[0], target, weight, reduction, ignore_index,
-                                          label_smoothing);
-          },
-          {in_place_of_input(
-              0, logits_of(grad, target, weight, reduction, ignore_index, label_smoothing))},
-          grads[0])[0];
-    } else if (is_one(grads[0]) && !torch::autograd::get_current_graph_task_keep_graph()) {
-      // The gradient itself, and not a copy: this graph is freed right after and nobody else has
-      // seen it. With retain_graph it must stay as it is, whatever becomes of the one we return.
-      out[0] = grad;
-    } else if (is_device_scalar(grads[0], grad) &&
-               !torch::autograd::get_current_graph_task_keep_graph()) {
-      // Whether that is 1 only the device knows.
-      check_backward(grads[0], grad, target);
-      cross_entropy_backward_stats.kernel_ran();
-      scale_cuda(grads[0], grad, target, ignore_index, grad);
-      out[0] = grad;
-    } else {
-      out[0] = op(grads[0], grad, target, ignore_index);
-    }
-    return out;
+  static TensorPair cpu(const Args& a) {
+    if (near_infinity(a.weight)) return aten(a);
+    return CrossEntropyForward::compute<Device::kCPU>(a);
+  }
+  static void cpu(const TensorPair& out, const Args& a) {
+    compute_cpu(a, std::get<0>(out), std::get<1>(out));
+  }
+
+  static void cuda(const TensorPair& out, const Args& a) {
+    compute_cuda(a, std::get<0>(out), std::get<1>(out));
+  }
+
+ private:
+  static TensorPair aten(const Args& a) {
+    stats.aten_ran();
+    const auto tls = c10::impl::tls_local_dispatch_key_set();
+    const c10::impl::ForceDispatchKeyGuard with_autograd(
+        tls.included_, tls.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+    const at::AutoGradMode with_graph(true);
+    const Tensor x = a.input.detach().requires_grad_();
+    const Tensor loss =
+        aten_cross_entropy({x, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing});
+    return {loss.detach(), torch::autograd::grad({loss}, {x}, {at::ones_like(loss)})[0]};
   }
 };
 
-Tensor cross_entropy_autograd(const Args& a) {
-  // Gradients of probabilities and weights are PyTorch's affair.
-  if (!ours(a) || any_requires_grad(a.target, a.weight)) return cross_entropy_torch(a);
-  if (any_requires_grad(a.input))
-    return CrossEntropyFunction::apply(a.input, a.target, a.weight, a.reduction, a.ignore_index,
-                                       a.label_smoothing);
-  static const BelowAutograd<CrossEntropy<Tensor>> op("dlkernels::cross_entropy");
-  return op(a.input, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing);
-}
+struct CrossEntropy : Op<CrossEntropy, Signature<Tensor>> {
+  using Backward = CrossEntropyBackward;
+  static constexpr const char *kName = "cross_entropy", *kNode = "CrossEntropyBackward";
+  // reduction is PyTorch's number: 0 none, 1 mean, 2 sum.
+  static constexpr const char* kSchema =
+      "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "float label_smoothing=0.0) -> Tensor";
+  static constexpr Autocast kAutocast = Autocast::kFloat32;
+  static constexpr OpStats& stats = dlkernels::stats;
+  using Args = entropy::Args;
 
-const bool torch_paths =
-    (register_torch_path("cross_entropy", called<Tensor, cross_entropy_torch>), true);
+  // Gradients of probabilities and weights are PyTorch's.
+  static bool has_kernel(const Args& a) {
+    return are_supported(a) && !any_requires_grad(a.target, a.weight);
+  }
+
+  static Tensor aten(const Args& a) { return aten_cross_entropy(a); }
+
+  static Tensor meta(const Args& a) {
+    return are_supported(a) ? new_loss(a) : CrossEntropy::aten_result(a);
+  }
+
+  static Tensor cpu(const Args& a) {
+    if (near_infinity(a.weight)) return CrossEntropy::aten_result(a);
+    return CrossEntropy::compute<Device::kCPU>(a);
+  }
+  static void cpu(const Tensor& loss, const Args& a) { compute_cpu(a, loss, Tensor()); }
+
+  static void cuda(const Tensor& loss, const Args& a) { compute_cuda(a, loss, Tensor()); }
+
+  // ---- gradient ---------------------------------------------------------------------------
+
+  static Tensor forward(AutogradContext* ctx, const Args& a) {
+    auto [loss, grad] = CrossEntropyForward::call_below_autograd(
+        a.input, a.target, a.weight, a.reduction, a.ignore_index, a.label_smoothing);
+    // Not the logits, which may be freed or written to before backward, as with PyTorch's op; and
+    // the weights for a gradient of the gradient alone.
+    ctx->save_for_backward({grad, a.target, or_undefined(a.weight)});
+    ctx->saved_data["reduction"] = a.reduction;
+    ctx->saved_data["ignore_index"] = a.ignore_index;
+    ctx->saved_data["label_smoothing"] = a.label_smoothing;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const Tensor& grad_y) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad = saved[0], &target = saved[1];
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const auto is_last_use = [] { return !torch::autograd::get_current_graph_task_keep_graph(); };
+    // The gradient itself, and not a copy: this graph is freed right after and nobody else has seen
+    // it. With retain_graph it must stay as it is, whatever becomes of the one we return.
+    if (is_one(grad_y) && is_last_use()) return {grad};
+    // Whether that is 1 only the device knows.
+    if (is_device_scalar(grad_y, grad) && is_last_use()) {
+      check_backward(grad_y, grad, target);
+      Backward::stats.kernel_ran();
+      scale_cuda(grad_y, grad, target, ignore_index, grad);
+      return {grad};
+    }
+    return {CrossEntropyBackward::call_below_autograd(grad_y, grad, target, ignore_index)};
+  }
+
+  static variable_list double_backward(AutogradContext* ctx, const Tensor& grad_y) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad = saved[0], &target = saved[1], &weight = saved[2];
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const double smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const Tensor logits =
+        stand_in_for_input(0, logits_of(grad, target, weight, reduction, ignore_index, smoothing));
+    return differentiable_backward(
+        [&](const variable_list& in) {
+          return at::cross_entropy_loss(in[0], target, weight, reduction, ignore_index, smoothing);
+        },
+        {logits}, grad_y);
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("cross_entropy", called<Tensor, cross_entropy_cpu>);
-  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_cpu>);
-  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
-}
-TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
-  m.impl("cross_entropy", called<Tensor, cross_entropy_cuda>);
-  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_cuda>);
-  m.impl("cross_entropy_backward", cross_entropy_backward_cuda);
-}
-TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
-  register_autocast_cuda</*kLower=*/false>(m, "cross_entropy");
-}
-TORCH_LIBRARY_IMPL(dlkernels, Meta, m) {
-  m.impl("cross_entropy", called<Tensor, cross_entropy_meta>);
-  m.impl("cross_entropy_forward", called<Two, cross_entropy_forward_meta>);
-  m.impl("cross_entropy_backward", cross_entropy_backward_meta);
-}
-TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
-  m.impl("cross_entropy", called<Tensor, cross_entropy_autograd>);
+TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
+  register_ops<CrossEntropy, CrossEntropyForward, CrossEntropyBackward>(m);
 }
 
 }  // namespace dlkernels

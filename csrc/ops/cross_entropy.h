@@ -3,7 +3,7 @@
 #pragma once
 #include <ATen/core/Reduction.h>
 
-#include "common.h"
+#include "ops/core/eligibility.h"
 
 namespace dlkernels::entropy {
 
@@ -29,14 +29,15 @@ inline c10::SymInt classes(const Tensor& input) { return input.sym_size(input.di
 
 // Logits of at least one class and of a dtype of ours, and a target of a rank and dtype that fit:
 // what PyTorch accepts beyond is PyTorch's, and so are its words for what it refuses.
-inline bool ours(const Args& a) {
+inline bool are_supported(const Args& a) {
   check_device("cross_entropy", a.input, a.target);
   check_device("cross_entropy", a.input, a.weight);
-  if (!is_ours(a.input) || !is_ours(a.weight) || (a.weight && a.weight->dim() != 1)) return false;
+  if (!is_supported(a.input) || !is_supported(a.weight) || (a.weight && a.weight->dim() != 1))
+    return false;
   if (a.input.dim() == 0 || classes(a.input) == 0 || !same_dtype(a.input, a.weight)) return false;
-  if (a.input.is_cuda() && classes(a.input) > cuda::kMostClasses) return false;
+  if (a.input.is_cuda() && classes(a.input) > cuda::kMaxClasses) return false;
   if (gives_probabilities(a.input, a.target))
-    return is_ours(a.target) && same_dtype(a.input, a.target);
+    return is_supported(a.target) && same_dtype(a.input, a.target);
   const bool bytes = a.input.dim() <= 2 && a.label_smoothing == 0;  // where PyTorch takes them
   const auto dtype = a.target.scalar_type();
   return a.target.layout() == at::kStrided && a.target.dim() == a.input.dim() - 1 &&

@@ -1,12 +1,12 @@
 // cross_entropy's kernels on CUDA as cross_entropy.cpp calls them. They are in
 // cuda/cross_entropy.cu.
-#include "ops/torch_headers.h"
+#include "ops/core/torch_headers.h"
 
 #include <ATen/ops/zeros.h>
 
 #include <atomic>
 
-#include "cross_entropy.h"
+#include "ops/cross_entropy.h"
 
 namespace dlkernels::entropy {
 

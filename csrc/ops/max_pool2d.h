@@ -1,7 +1,12 @@
 // The arguments of max_pool2d and the shapes that follow from them, for max_pool2d.cpp
 // and conv2d_relu_max_pool2d.cpp.
 #pragma once
-#include "common.h"
+#include "ops/core/torch_headers.h"
+
+#include <algorithm>
+#include <array>
+
+#include "ops/core/eligibility.h"
 
 namespace dlkernels::pool {
 
@@ -17,26 +22,27 @@ inline at::DimVector ints(SymIntArrayRef values) {
 }
 
 // The arguments but for input: checked, and all below 2^31, so that no product of two overflows.
-struct Args {
+struct Window {
   const char* op;
-  std::array<int64_t, 8> window;  // kernel_size, stride, padding, dilation
+  std::array<int64_t, 8> sizes;  // kernel_size, stride, padding, dilation: (h, w) each
   bool ceil_mode;
 
-  Args(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-       IntArrayRef dilation, bool ceil_mode)
+  Window(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+         IntArrayRef dilation, bool ceil_mode)
       : op(op), ceil_mode(ceil_mode) {
     set(0, "kernel size should be greater than zero", kernel_size, 1);
     set(2, "stride should be greater than zero", stride.empty() ? kernel_size : stride, 1);
     set(4, "pad must be non-negative", padding, 0);
     set(6, "dilation should be greater than zero", dilation, 1);
     for (const int i : {0, 1})
-      TORCH_CHECK(window[4 + i] <= window[i] / 2, op, ": pad should be at most half of effective ",
+      TORCH_CHECK(sizes[4 + i] <= sizes[i] / 2, op, ": pad should be at most half of effective ",
                   "kernel size, but got pad=", padding, " and kernel_size=", kernel_size);
   }
-  Args(const char* op, IntArrayRef window, bool ceil_mode)
-      : Args(op, part(window, 0), part(window, 2), part(window, 4), part(window, 6), ceil_mode) {}
+  Window(const char* op, IntArrayRef sizes, bool ceil_mode)
+      : Window(op, pair_of(sizes, 0), pair_of(sizes, 2), pair_of(sizes, 4), pair_of(sizes, 6),
+               ceil_mode) {}
 
-  static IntArrayRef part(IntArrayRef window, size_t at) {
+  static IntArrayRef pair_of(IntArrayRef window, size_t at) {
     TORCH_CHECK(window.size() == 8,
                 "max_pool2d: window must be kernel_size, stride, padding and "
                 "dilation, got ",
@@ -44,51 +50,51 @@ struct Args {
     return window.slice(at, 2);
   }
   // The rule is PyTorch's text.
-  void set(int at, const char* rule, IntArrayRef values, int64_t least) {
-    TORCH_CHECK((values.size() == 1 || values.size() == 2) && values.front() >= least &&
-                    values.back() >= least && std::max(values.front(), values.back()) <= INT32_MAX,
+  void set(int at, const char* rule, IntArrayRef values, int64_t min) {
+    TORCH_CHECK((values.size() == 1 || values.size() == 2) && values.front() >= min &&
+                    values.back() >= min && std::max(values.front(), values.back()) <= INT32_MAX,
                 op, ": ", rule, ", one or two ints below 2^31, but got ", values);
-    window[at] = values.front(), window[at + 1] = values.back();
+    sizes[at] = values.front(), sizes[at + 1] = values.back();
   }
 
   cpu::PoolAxis axis(int i, int64_t in, int64_t out) const {
-    return {in, out, window[i], window[2 + i], window[4 + i], window[6 + i]};
+    return {in, out, sizes[i], sizes[2 + i], sizes[4 + i], sizes[6 + i]};
   }
-  IntArrayRef pair(size_t at) const { return part(window, at); }
+  IntArrayRef pair(size_t at) const { return pair_of(sizes, at); }
   // A position in a window must fit a byte, and leave 255 for none.
-  bool fit_argmax() const { return window[0] * window[1] <= cpu::kNoElement; }
+  bool fits_argmax() const { return sizes[0] * sizes[1] <= cpu::kNoElement; }
 };
 
-inline bool ours(const Args& args, const Tensor& input) {
-  return is_ours(input) && args.fit_argmax();
+inline bool has_kernel(const Window& window, const Tensor& input) {
+  return is_supported(input) && window.fits_argmax();
 }
 
-inline SymInt output_size(const Args& args, int i, const SymInt& in) {
-  const cpu::PoolAxis a = args.axis(i, 0, 0);
-  const int64_t span = (a.kernel - 1) * a.dilation + 1, up = args.ceil_mode ? a.stride - 1 : 0;
-  TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, args.op,
+inline SymInt output_size(const Window& window, int i, const SymInt& in) {
+  const cpu::PoolAxis a = window.axis(i, 0, 0);
+  const int64_t span = (a.kernel - 1) * a.dilation + 1, up = window.ceil_mode ? a.stride - 1 : 0;
+  TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, window.op,
               ": input must be smaller, got a side of ", in);
-  TORCH_CHECK(in >= 1 && in + (2 * a.pad + up) >= span, args.op,
+  TORCH_CHECK(in >= 1 && in + (2 * a.pad + up) >= span, window.op,
               ": Output size is too small: input and padding must hold a window, of ", span,
               ", got ", in, " and padding ", a.pad);
   const SymInt out = (in + (2 * a.pad - span + up)) / a.stride + 1;
   // With ceil_mode the last window still starts inside the input or the padding before it.
-  return args.ceil_mode && (out - 1) * a.stride >= in + a.pad ? out - 1 : out;
+  return window.ceil_mode && (out - 1) * a.stride >= in + a.pad ? out - 1 : out;
 }
 
 // input ([N,] C, H, W) -> ([N,] C, OH, OW), laid out like input
-inline Tensor new_output(const Args& args, const Tensor& input, at::ScalarType dtype) {
+inline Tensor new_output(const Window& window, const Tensor& input, at::ScalarType dtype) {
   const int64_t dim = input.dim();
-  TORCH_CHECK(dim == 3 || dim == 4, args.op,
+  TORCH_CHECK(dim == 3 || dim == 4, window.op,
               ": non-empty 3D or 4D (batch mode) tensor expected for input, but got ",
               input.sym_sizes());
   for (const int i : {-3, -2, -1})
-    TORCH_CHECK(input.sym_size(i) != 0, args.op,
+    TORCH_CHECK(input.sym_size(i) != 0, window.op,
                 ": Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, "
                 "but got ",
                 input.sym_sizes());
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
-  for (const int i : {0, 1}) sizes[dim - 2 + i] = output_size(args, i, sizes[dim - 2 + i]);
+  for (const int i : {0, 1}) sizes[dim - 2 + i] = output_size(window, i, sizes[dim - 2 + i]);
   return at::empty_symint(sizes, input.options().dtype(dtype), input.suggest_memory_format());
 }
 
@@ -98,37 +104,38 @@ inline SymIntArrayRef plane(const Tensor& input) {
 }
 
 // argmax must be what an input of input_size gives.
-inline void check_argmax(const Args& args, const Tensor& argmax, SymIntArrayRef input_size) {
+inline void check_argmax(const Window& window, const Tensor& argmax, SymIntArrayRef input_size) {
   const int64_t dim = argmax.dim();
-  TORCH_CHECK(argmax.scalar_type() == at::kByte && argmax.layout() == at::kStrided &&
-                  (dim == 3 || dim == 4) && input_size.size() == 2 && args.fit_argmax(),
-              args.op, ": argmax must be uint8 of ([N,] C, OH, OW), input_size (H, W) and windows ",
-              "of at most 255 elements, got argmax ", argmax.scalar_type(), " of ",
-              argmax.sym_sizes(), ", input_size ", input_size, " and windows of ",
-              IntArrayRef(args.window).slice(0, 2));
+  TORCH_CHECK(
+      argmax.scalar_type() == at::kByte && argmax.layout() == at::kStrided &&
+          (dim == 3 || dim == 4) && input_size.size() == 2 && window.fits_argmax(),
+      window.op, ": argmax must be uint8 of ([N,] C, OH, OW), input_size (H, W) and windows ",
+      "of at most 255 elements, got argmax ", argmax.scalar_type(), " of ", argmax.sym_sizes(),
+      ", input_size ", input_size, " and windows of ", IntArrayRef(window.sizes).slice(0, 2));
   for (const int i : {0, 1}) {
-    const SymInt expected = output_size(args, i, input_size[i]);
-    TORCH_CHECK(argmax.sym_size(i - 2) == expected, args.op, ": argmax must have dimension ", i - 2,
-                " of ", expected, " for input_size ", input_size, ", got ", argmax.sym_sizes());
+    const SymInt expected = output_size(window, i, input_size[i]);
+    TORCH_CHECK(argmax.sym_size(i - 2) == expected, window.op, ": argmax must have dimension ",
+                i - 2, " of ", expected, " for input_size ", input_size, ", got ",
+                argmax.sym_sizes());
   }
 }
 
 // A window may lie all in the padding and in the holes of its dilation: PyTorch's kernels then
 // write outside of their tensors. Ours give -inf.
-inline void check_no_empty_window(const Args& args, const Tensor& input) {
+inline void check_no_empty_window(const Window& window, const Tensor& input) {
   if (input.dim() < 2 || input.is_nested()) return;
   for (const int i : {0, 1}) {
-    const cpu::PoolAxis a = args.axis(i, 0, 0);
+    const cpu::PoolAxis a = window.axis(i, 0, 0);
     const SymInt in = input.sym_size(i - 2);
     if (a.pad == 0 || a.dilation == 1 || in >= a.dilation) continue;
     if (input.sym_numel() == 0) return;  // where they write nothing
-    const SymInt out = output_size(args, i, in);
+    const SymInt out = output_size(window, i, in);
     for (int64_t o = 0; o * a.stride < a.pad && out > o; ++o) {
       const int64_t first = a.dilation - 1 - (a.pad - o * a.stride - 1) % a.dilation;  // from 0 on
-      TORCH_CHECK(in > first, args.op,
+      TORCH_CHECK(in > first, window.op,
                   ": every window must hold an element of the input, got one of padding only: "
                   "input ",
-                  input.sym_sizes(), ", window ", IntArrayRef(args.window));
+                  input.sym_sizes(), ", window ", IntArrayRef(window.sizes));
     }
   }
 }

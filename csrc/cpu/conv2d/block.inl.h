@@ -1,0 +1,184 @@
+// Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
+// zeros. A convolution on blocks knows no layouts, and of borders what cut.inl.h says.
+#pragma once
+#include "cpu/simd/vec.h"
+#include "cpu/gemm/pack.inl.h"
+
+namespace dlkernels::cpu {
+namespace {
+
+// The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
+// null.
+template <class T>
+static void unpool_pixel(const T* g, const uint8_t* argmax, int64_t row, int64_t C, int64_t pitch,
+                         float* left, float* right) {
+  const Vec first = Vec::fill(static_cast<float>(2 * row)), second = first + Vec::fill(1);
+  for (int64_t c = 0; c < pitch; c += Vec::kWidth) {
+    const int64_t n = c < C ? least(C - c, Vec::kWidth) : 0, lanes = least(pitch - c, Vec::kWidth);
+    const Vec v = load(g + c, n), element = Vec::load_bytes(argmax + c, n);
+    if (left) store(select(element == first, v, Vec::zero()), left + c, lanes);
+    if (right) store(select(element == second, v, Vec::zero()), right + c, lanes);
+  }
+}
+
+// Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a max-pool.
+template <class T>
+static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
+                       int64_t channels, int64_t pitch, float* to) {
+  const T* row = static_cast<const T*>(x.data) + n * x.sn + h / 2 * x.sh + c * x.sc;
+  const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
+  // Planes: gradients first as they are, each where the left pixel of its window goes, if both go.
+  const int64_t whole = w + w % 2, windows = (w + cols - whole) / 2;
+  if (x.sc != 1)
+    transpose_copy(Source<T>(row), whole / 2, x.sc, channels, windows, to + (whole - w) * pitch,
+                   2 * pitch);
+  for (int64_t i = (w - w % 2) / 2; 2 * i < w + cols; ++i) {
+    float* const left = 2 * i >= w ? to + (2 * i - w) * pitch : nullptr;
+    float* const right = 2 * i + 1 < w + cols ? to + (2 * i + 1 - w) * pitch : nullptr;
+    const T* g = row + i * x.sw;
+    const uint8_t* const elements = argmax + i * x.C;
+    if (x.sc == 1) {
+      unpool_pixel(g, elements, h % 2, channels, pitch, left, right);
+    } else {
+      float* const here = left ? left : right;
+      if (!left || !right)
+        for (int64_t k = 0; k < channels; ++k) here[k] = static_cast<float>(g[k * x.sc]);
+      unpool_pixel(here, elements, h % 2, channels, pitch, left, right);
+    }
+  }
+}
+
+constexpr int64_t kAhead = 64;  // elements
+
+// Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
+// i < channels, zeros beyond.
+template <class T>
+static void load_row_of(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols,
+                        int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
+  // Columns [begin, end) of these lie inside the image.
+  const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
+  const int64_t W = x.argmax ? x.W / 2 * 2 : x.W, H = x.argmax ? x.H / 2 * 2 : x.H;
+  const int64_t inside = w < W ? (W - 1 - w) / step + 1 : 0;
+  const int64_t begin = h < 0 || h >= H ? cols : least(cols, before);
+  const int64_t end = most(begin, least(cols, inside));
+  store_zeros(to, begin * pitch);
+  store_zeros(to + end * pitch, (cols - end) * pitch);
+  if (begin == end) return;
+  const Source<T> s(x.data, x.relu_y);
+  const int64_t sw = step * x.sw, size = end - begin;
+  const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
+  to += begin * pitch;
+  if (x.argmax)
+    return unpool_row<T>(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
+  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {    // one run
+    pack_run(s, from, size * pitch, size * pitch, to);
+  } else if (x.sc == 1) {
+    for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);
+  } else if (step == 1 && pitch >= Vec::kWidth / 2) {
+    // The hardware does not follow so many planes at once: ask for the next rows of each.
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t ahead = from + i * x.sc + kAhead;
+      __builtin_prefetch(s.x + ahead);
+      if (s.relu_y) __builtin_prefetch(s.relu_y + ahead);
+    }
+    transpose_copy(s, from, x.sc, channels, size, to, pitch);
+    for (int64_t j = 0; j < size; ++j) store_zeros(to + j * pitch + channels, pitch - channels);
+  } else {
+    for (int64_t i = 0; i < pitch; ++i)
+      for (int64_t j = 0; j < size; ++j)
+        to[j * pitch + i] = i < channels ? s.at(from + i * x.sc + j * sw) : 0.0f;
+  }
+}
+static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
+                     int64_t c, int64_t channels, int64_t pitch, float* to) {
+  with_type(x.dtype,
+            [&]<class T>() { load_row_of<T>(x, n, h, w, cols, step, c, channels, pitch, to); });
+}
+
+// Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + ...].
+static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int64_t w, int64_t cols,
+                       int64_t c, int64_t channels, int64_t pitch, float* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    load_row(x, n, h + i, w, cols, 1, c, channels, pitch, to + i * cols * pitch);
+}
+
+// Pools two rows of `windows` windows, a pixel every `pitch` floats: the values to y, a pixel every
+// y_step, and to argmax, one every K. As max_pool2d after ReLU: the first maximum, NaN above all,
+// and no gradient where ReLU lets none pass. Sums are compared before they are rounded, so that
+// what rounding would make a tie is none.
+template <class To>
+static void pool_rows(const float* row, const float* next, int64_t pitch, int64_t windows,
+                      int64_t lanes, To* y, int64_t y_step, uint8_t* argmax, int64_t K) {
+  for (int64_t i = 0; i < windows; ++i)
+    for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
+      const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * pitch + c;
+      const float* const window[] = {row + at, row + at + pitch, next + at, next + at + pitch};
+      Vec best = Vec::load(window[0]), element = Vec::zero();
+#pragma GCC unroll 3
+      for (int e = 1; e < 4; ++e) {
+        const Vec z = Vec::load(window[e]);
+        const auto better = either(z > best, is_nan(z));
+        best = select(better, z, best);
+        element = select(better, Vec::fill(static_cast<float>(e)), element);
+      }
+      element = select(best <= Vec::zero(), Vec::fill(kNoElement), element);
+      store(best, y + i * y_step + c, n);
+      element.store_bytes(argmax + i * K + c, n);
+    }
+}
+
+// Asks for the lines of y that rows [h, h + rows), as in store_row, will go to. Inline, because GCC
+// takes a function that only prefetches for one that does nothing.
+__attribute__((always_inline)) static inline void expect_rows(const Conv2d& v, int64_t n, int64_t h,
+                                                              int64_t rows, int64_t w, int64_t cols,
+                                                              int64_t k, int64_t lanes) {
+  const int64_t pool = v.argmax ? 2 : 1;
+  with_type(v.x.dtype, [&]<class T>() __attribute__((always_inline)) {
+    const T* const y =
+        static_cast<const T*>(v.y) + n * v.yn + h / pool * v.yh + w / pool * v.yw + k * v.yc;
+    for (int64_t c = 0; c < lanes; ++c)
+      for (int64_t i = 0; i < rows / pool; ++i)
+        for (int64_t j = 0; j < cols / pool; j += 64 / sizeof(T))
+          __builtin_prefetch(y + c * v.yc + i * v.yh + j, 1);
+  });
+}
+
+// Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a
+// pixel every `pitch` floats. With argmax it is two rows, the other at `next`, and they are pooled.
+template <class T>
+static void store_row_of(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+                         int64_t lanes, const float* row, const float* next, int64_t pitch,
+                         float* scratch) {
+  const bool last = v.yc == 1;
+  if (v.argmax) {
+    h /= 2, w /= 2, cols /= 2;
+  }
+  T* const y = static_cast<T*>(v.y) + n * v.yn + h * v.yh + w * v.yw + k * v.yc;
+  if (v.argmax) {
+    uint8_t* const argmax = v.argmax + ((n * (v.h.out / 2) + h) * (v.w.out / 2) + w) * v.K + k;
+    if (last) return pool_rows(row, next, pitch, cols, lanes, y, v.yw, argmax, v.K);
+    pool_rows(row, next, pitch, cols, lanes, scratch, pitch, argmax, v.K);
+    row = scratch;
+  } else if (last) {
+    for (int64_t j = 0; j < cols; ++j)
+      each_vector(0, lanes, [&](int64_t c, int64_t count) {
+        store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
+      });
+  }
+  if (!last) transpose_copy(Source<float>(row), 0, pitch, cols, lanes, y, v.yc);
+}
+static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+                      int64_t lanes, const float* row, const float* next, int64_t pitch,
+                      float* scratch) {
+  with_type(v.x.dtype, [&]<class T>() {
+    store_row_of<T>(v, n, h, w, cols, k, lanes, row, next, pitch, scratch);
+  });
+}
+
+// Where tiles may write y as it is: channels last, nothing to be pooled or rounded.
+static bool is_direct(const Conv2d& v) {
+  return v.yc == 1 && !v.argmax && v.x.dtype == DType::kFloat32;
+}
+
+}  // namespace
+}  // namespace dlkernels::cpu

@@ -1,0 +1,451 @@
+// conv2d of 3x3 windows and stride 1 by Winograd's method: M x M outputs of a channel pair take
+// (M + 2)^2 products instead of 9 M^2. With the matrices of WinogradMatrices, for a tile x of
+// (M + 2)^2 inputs and * element by element:
+//   y = A' [sum_c (B' x B) * (G w G')] A         grad_w = G' [sum_tiles (B' x B) * (A grad_y A')] G
+// The sums are products of matrices, one for each of the (M + 2)^2 points.
+#pragma once
+#include "cpu/simd/vec.h"
+#include "cpu/conv2d/block.inl.h"
+#include "cpu/conv2d/blocking.inl.h"
+#include "cpu/gemm/pack.inl.h"
+#include "cpu/gemm/tile.inl.h"
+
+namespace dlkernels::cpu {
+namespace {
+
+// ---- the transforms ------------------------------------------------------------------------
+
+template <int Rows, int Cols>
+struct Coefficients {
+  float at[Rows][Cols] = {};
+
+  constexpr Coefficients<Cols, Rows> transposed() const {
+    Coefficients<Cols, Rows> t;
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Cols; ++j) t.at[j][i] = at[i][j];
+    return t;
+  }
+};
+
+// For the points p_0 .. p_M and infinity. 1/2 and -2 with M = 4 round less than the usual 2 and -2.
+template <int M>
+struct WinogradMatrices {
+  static constexpr int kSide = M + 2, kPoints = M + 1;
+  static constexpr double kPoint[] = {0, 1, -1, 0.5, -2};
+  Coefficients<kSide, kSide> in;  // B': row j is the polynomial that is 0 at all points but p_j
+  Coefficients<kSide, 3> weight;  // G: row j is 1, p_j, p_j^2, over that polynomial at p_j
+  Coefficients<M, kSide> out;     // A': column j is 1, p_j, p_j^2 ...
+
+  constexpr WinogradMatrices() {
+    for (int j = 0; j <= kPoints; ++j) {
+      double polynomial[kSide + 1] = {1}, scale = 1, power = 1;
+      int degree = 0;
+      for (int k = 0; k < kPoints; ++k) {
+        if (k == j) continue;
+        ++degree;
+        for (int i = degree; i > 0; --i)
+          polynomial[i] = polynomial[i - 1] - kPoint[k] * polynomial[i];
+        polynomial[0] *= -kPoint[k];
+        if (j < kPoints) scale *= kPoint[j] - kPoint[k];
+      }
+      for (int i = 0; i < kSide; ++i) in.at[j][i] = static_cast<float>(polynomial[i]);
+      for (int i = 0; i < (M > 3 ? M : 3); ++i) {
+        const double p = j < kPoints ? power : 0;
+        if (i < 3) weight.at[j][i] = static_cast<float>(j < kPoints ? p / scale : i == 2);
+        if (i < M) out.at[i][j] = static_cast<float>(j < kPoints ? p : i == M - 1);
+        if (j < kPoints) power *= kPoint[j];
+      }
+    }
+  }
+};
+
+template <int M>
+struct Winograd {
+  static constexpr WinogradMatrices<M> kMatrices{};
+  static constexpr auto kIn = kMatrices.in;
+  static constexpr auto kWeight = kMatrices.weight;
+  static constexpr auto kOut = kMatrices.out;
+  static constexpr auto kWeightT = kWeight.transposed();
+  static constexpr auto kOutT = kOut.transposed();
+};
+
+// sum_i row[i] * v[i], for a row known when compiling: no products with 0 and 1.
+template <int N>
+__attribute__((always_inline)) static inline Vec combine(const float (&row)[N], const Vec (&v)[N]) {
+  int first = 0;  // begin with a coefficient of 1 where there is one
+#pragma GCC unroll 6
+  for (int i = N - 1; i >= 0; --i)
+    if (row[i] != 0 && (row[i] == 1 || row[first] != 1)) first = i;
+  Vec sum = row[first] == 1 ? v[first] : v[first] * Vec::fill(row[first]);
+#pragma GCC unroll 6
+  for (int i = 0; i < N; ++i) {
+    if (i == first || row[i] == 0) continue;
+    sum = row[i] == 1 ? sum + v[i] : row[i] == -1 ? sum - v[i] : fma(Vec::fill(row[i]), v[i], sum);
+  }
+  return sum;
+}
+
+// to(i, j, element) of m * x * m', from(i, j) being x.
+template <const auto& m, class From, class To>
+__attribute__((always_inline)) static inline void transform(const From& from, const To& to) {
+  constexpr int R = sizeof m.at / sizeof m.at[0], C = sizeof m.at[0] / sizeof(float);
+  Vec half[R][C];
+#pragma GCC unroll 6
+  for (int j = 0; j < C; ++j) {
+    Vec column[C];
+#pragma GCC unroll 6
+    for (int i = 0; i < C; ++i) column[i] = from(i, j);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) half[i][j] = combine(m.at[i], column);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 6
+    for (int j = 0; j < R; ++j) to(i, j, combine(m.at[j], half[i]));
+}
+
+// ---- blocks, and batches of them -------------------------------------------------------------
+
+// How many channels and floats are loaded at a time: longer runs of memory, but in L1 or near it.
+constexpr int64_t kLoadChannels = 128, kLoadFloats = 1 << 13;
+
+// How the tiles of an image are cut into blocks, from the sizes alone. As many blocks as have
+// kTiles tiles are a batch: products of matrices with that many rows. With 16 or 32 the weights are
+// read too often, 128 is no better; a batch and its results need not fit into L2.
+template <int M>
+struct WinogradCut {
+  static constexpr int64_t kPoints = (M + 2) * (M + 2);
+  static constexpr int64_t kTiles = 64;
+  int64_t tile_rows, tile_cols;  // of an image
+  int64_t rows, cols;            // of a block
+  int64_t count_w, count;        // blocks an image
+  int64_t batch, tiles;          // blocks and tiles of a batch
+  int64_t pitch, plane;          // of inputs, by tiles and by points
+  int64_t in_floats, load_floats;
+
+  explicit WinogradCut(const Conv2d& v) {
+    constexpr int64_t kCols = 16;
+    tile_rows = ceil_div(v.h.out, M), tile_cols = ceil_div(v.w.out, M);
+    count_w = ceil_div(tile_cols, kCols);
+    cols = ceil_div(tile_cols, count_w);
+    rows = least(tile_rows, most(1, kTiles / cols));
+    const int64_t count_h = ceil_div(tile_rows, rows);
+    rows = ceil_div(tile_rows, count_h);
+    count = count_h * count_w;
+    batch = most(1, kTiles / (rows * cols));
+    tiles = batch * rows * cols;
+    pitch = pitch_of(v.x.C);
+    plane = plane_of(tiles, pitch);
+    in_floats = kPoints * plane;
+    load_floats = (M * cols + 2) * (M + 2) * kLoadChannels + kLoadFloats;
+  }
+  // Rows and planes a power of two apart would meet in the same few sets of the cache.
+  static int64_t pitch_of(int64_t channels) {
+    const int64_t lines = ceil_div(channels, 16);
+    return 16 * (lines + (lines % 8 == 0));
+  }
+  static int64_t plane_of(int64_t tiles, int64_t pitch) {
+    return ((tiles * pitch + 15) / 16 | 1) * 16;
+  }
+};
+
+template <int M>
+static int64_t winograd_blocks(const Conv2d& v) {
+  return WinogradCut<M>(v).count;
+}
+template <int M>
+static int64_t winograd_batch(const Conv2d& v) {
+  return WinogradCut<M>(v).batch;
+}
+
+// One block: rows x cols tiles of image n.
+struct TileBlock {
+  int64_t n, row, rows, col, cols;
+
+  template <class Cut>
+  TileBlock(const Cut& cut, int64_t index) {
+    n = index / cut.count;
+    row = index % cut.count / cut.count_w * cut.rows;
+    col = index % cut.count % cut.count_w * cut.cols;
+    rows = least(cut.rows, cut.tile_rows - row), cols = least(cut.cols, cut.tile_cols - col);
+  }
+  int64_t tiles() const { return rows * cols; }
+};
+
+// Channels [c, c_end) of a block's tiles, transformed by m, to `to`: element (point, tile, c).
+template <const auto& m, int M>
+static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int64_t left, int64_t c,
+                          int64_t c_end, float* to, int64_t pitch, int64_t plane, float* scratch) {
+  constexpr int kFrom = sizeof m.at[0] / sizeof(float), kTo = sizeof m.at / sizeof m.at[0];
+  // In the order of memory: many channels of a few rows, or the other way round.
+  const int64_t channels = x.sc == 1 ? least(most(c_end - c, 1), kLoadChannels) : Vec::kWidth;
+  const int64_t cols = M * (b.cols - 1) + kFrom;
+  const int64_t rows = most(1, (kLoadFloats / (cols * channels) - kFrom + M) / M);
+  for (int64_t row = 0; row < b.rows; row += rows)
+    for (int64_t k = c; k < c_end; k += channels) {
+      const int64_t row_end = least(row + rows, b.rows);
+      const int64_t count = least(c_end - k, channels);
+      const int64_t part_pitch = round_up(count);
+      load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
+                 cols, k, count, part_pitch, scratch);
+      float* tile = to + row * b.cols * pitch + k - c;
+      for (int64_t i = 0; i < row_end - row; ++i)
+        for (int64_t j = 0; j < b.cols; ++j, tile += pitch)
+          for (int64_t v = 0; v < count; v += Vec::kWidth) {
+            const float* from = scratch + (i * cols + j) * M * part_pitch + v;
+            transform<m>(
+                [&](int h, int w) { return Vec::load(from + (h * cols + w) * part_pitch); },
+                [&](int h, int w, Vec e) { e.store(tile + v + (h * kTo + w) * plane); });
+          }
+    }
+}
+
+// ---- weights -------------------------------------------------------------------------------
+
+// Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of
+// grad_weight.
+static int64_t winograd_panels(const Conv2d& v) { return ceil_div(v.K, kTileCols); }
+template <int M>
+static int64_t winograd_panel_floats(const Conv2d& v) {
+  return WinogradCut<M>::kPoints * v.x.C * kTileCols;
+}
+
+template <int M>
+static int64_t winograd_sum_floats(const Conv2d& v) {
+  return winograd_panels(v) * winograd_panel_floats<M>(v);
+}
+
+// Inputs whose weights are turned on their side at a time.
+constexpr int64_t kFilterInputs = 16;
+
+template <int M, class T>
+static void winograd_pack_of(const Conv2d& v, const Filter& f, float* to, int64_t begin,
+                             int64_t end) {
+  const Source<T> s(f.data);
+  constexpr int64_t kPoints = WinogradCut<M>::kPoints;
+  const int64_t C = v.x.C;
+  float taps[kFilterInputs * 9 * kTileCols];
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
+    for (int64_t c = 0; c < C; c += kFilterInputs) {
+      const int64_t inputs = least(C - c, kFilterInputs);
+      const int64_t from = p * kTileCols * f.so + c * f.si;
+      const bool turned = f.sw == -1 && f.sh == -3;  // taps along memory, last to first
+      const bool along = turned || (f.sw == 1 && f.sh == 3);
+      // taps[input][tap][output] or taps[tap][input][output], as the weights lie
+      const int64_t input = (along ? 9 : 1) * kTileCols, tap = (along ? 1 : inputs) * kTileCols;
+      for (int64_t i = 0; i < inputs && along; ++i)
+        pack_panel<kTileCols>(s, from + i * f.si - (turned ? 8 : 0), f.so, 1, lanes, 9,
+                              taps + i * input);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        pack_panel<kTileCols>(s, from + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si, lanes, inputs,
+                              taps + i * tap);
+      for (int64_t i = 0; i < inputs; ++i)
+        for (int64_t o = 0; o < kTileCols; o += Vec::kWidth) {
+          const float* t = taps + i * input + o;
+          float* const u = to + (p * kPoints * C + c + i) * kTileCols + o;
+          const auto at = [&](int h, int w) {
+            return Vec::load(t + (turned ? 8 - 3 * h - w : 3 * h + w) * tap);
+          };
+          transform<Winograd<M>::kWeight>(
+              at, [&](int h, int w, Vec e) { e.store(u + (h * (M + 2) + w) * C * kTileCols); });
+        }
+    }
+  }
+}
+template <int M>
+static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
+  with_type(v.x.dtype, [&]<class T>() { winograd_pack_of<M, T>(v, f, to, begin, end); });
+}
+
+// ---- forward, and grad_input, which is one with turned weights -------------------------------
+
+template <int M>
+static int64_t winograd_scratch(const Conv2d& v) {
+  using Cut = WinogradCut<M>;
+  const Cut cut(v);
+  const int64_t forward = Cut::kPoints * Cut::plane_of(cut.tiles, kTileCols);
+  const int64_t backward =
+      Cut::kPoints * Cut::plane_of(cut.tiles, Cut::pitch_of(winograd_panels(v) * kTileCols));
+  return cut.in_floats + cut.load_floats + most(forward, backward);
+}
+
+// to[t, k] = sum_c a[t, c] * u[c, k], for `cols` of a panel's k.
+static void winograd_product(int64_t tiles, int64_t cols, const float* a, int64_t pitch,
+                             const float* u, int64_t depth, float* to) {
+  each_tile(tiles, cols, [=]<int R, int V>(int64_t t) {
+    Tile<R, V> tile;
+    tile.add_rows(a + t * pitch, pitch, u, kTileCols, depth);
+    tile.store({.c = to, .row = kTileCols}, t, 0);
+  });
+}
+
+// Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
+template <int M>
+static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64_t lanes,
+                           const float* from, int64_t plane, float* scratch) {
+  const Vec bias = v.bias ? load(v.bias + k, lanes) : Vec::zero();
+  const int64_t pool = v.argmax ? 2 : 1, width = least(v.w.out - M * b.col, M * b.cols);
+  float* const pooled = scratch + M * M * b.cols * Vec::kWidth;
+  for (int64_t i = 0; i < b.rows; ++i) {
+    const int64_t h0 = M * (b.row + i), rows = least(v.h.out - h0, M);
+    const bool whole = is_direct(v) && lanes == Vec::kWidth && rows == M && width == M * b.cols;
+    float* const to =
+        whole ? static_cast<float*>(v.y) + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
+    if (v.yc != 1) expect_rows(v, b.n, h0, rows, M * b.col, width, k, lanes);
+    const int64_t row = whole ? v.yh : M * b.cols * Vec::kWidth, col = whole ? v.yw : Vec::kWidth;
+    for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
+      transform<Winograd<M>::kOut>(
+          [&](int h, int w) { return Vec::load(from + (h * (M + 2) + w) * plane); },
+          [&](int h, int w, Vec z) {
+            z = z + bias;
+            if (v.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
+            z.store(to + h * row + (M * j + w) * col);
+          });
+    if (whole) continue;
+    for (int64_t h = 0; h < rows; h += pool)
+      store_row(v, b.n, h0 + h, M * b.col, width, k, lanes, to + h * row, to + (h + 1) * row, col,
+                pooled);
+  }
+}
+
+template <int M>
+static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_t end,
+                     int64_t panel_begin, int64_t panel_end, float* scratch) {
+  using Cut = WinogradCut<M>;
+  const Cut cut(v);
+  const int64_t C = v.x.C, plane = Cut::plane_of(cut.tiles, kTileCols);
+  float* const in = scratch;
+  float* const row = in + cut.in_floats;
+  float* const out = row + cut.load_floats;
+  for (int64_t first = begin; first < end; first += cut.batch) {
+    const int64_t last = least(end, first + cut.batch);
+    int64_t tiles = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const TileBlock b(cut, i);
+      winograd_load<Winograd<M>::kIn, M>(v.x, b, v.h.pad, v.w.pad, 0, C, in + tiles * cut.pitch,
+                                         cut.pitch, cut.plane, row);
+      tiles += b.tiles();
+    }
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
+      for (int64_t q = 0; q < Cut::kPoints; ++q) {
+        const float* const u = packed + (p * Cut::kPoints + q) * C * kTileCols;
+        winograd_product(tiles, k_end - k_begin, in + q * cut.plane, cut.pitch, u, C,
+                         out + q * plane);
+      }
+      const float* from = out;
+      for (int64_t i = first; i < last; ++i) {
+        const TileBlock b(cut, i);
+        for (int64_t k = k_begin; k < k_end; k += Vec::kWidth)
+          winograd_store<M>(v, b, k, least(k_end - k, Vec::kWidth), from + k - k_begin, plane, row);
+        from += b.tiles() * kTileCols;
+      }
+    }
+  }
+}
+
+// ---- grad_weight and grad_bias ---------------------------------------------------------------
+
+// to[c, k] (+)= sum_t a[t, c] * g[t, k], for `cols` of a panel's k.
+static void winograd_sum(int64_t channels, int64_t cols, const float* a, int64_t pitch,
+                         const float* g, int64_t g_pitch, int64_t tiles, float* to, bool add) {
+  each_tile(channels, cols, [=]<int R, int V>(int64_t c) {
+    Tile<R, V> tile;
+    tile.add_columns(a + c, pitch, g, g_pitch, tiles);
+    tile.store({.c = to, .row = kTileCols, .accumulate = add}, c, 0);
+  });
+}
+
+template <int M>
+static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
+                                 int64_t panel_begin, int64_t panel_end, float* sums,
+                                 float* bias_sums, float* scratch) {
+  using Cut = WinogradCut<M>;
+  const Cut cut(v);
+  const int64_t C = v.x.C, k_begin = panel_begin * kTileCols;
+  const int64_t k_end = least(v.K, panel_end * kTileCols);
+  const int64_t g_pitch = Cut::pitch_of((panel_end - panel_begin) * kTileCols);
+  const int64_t g_plane = Cut::plane_of(cut.tiles, g_pitch);
+  float* const in = scratch;
+  float* const row = in + cut.in_floats;
+  float* const g = row + cut.load_floats;
+  for (int64_t first = begin; first < end; first += cut.batch) {
+    const int64_t last = least(end, first + cut.batch);
+    int64_t tiles = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const TileBlock b(cut, i);
+      winograd_load<Winograd<M>::kIn, M>(v.x, b, v.h.pad, v.w.pad, 0, C, in + tiles * cut.pitch,
+                                         cut.pitch, cut.plane, row);
+      winograd_load<Winograd<M>::kOutT, M>(grad_y, b, 0, 0, k_begin, k_end, g + tiles * g_pitch,
+                                           g_pitch, g_plane, row);
+      tiles += b.tiles();
+    }
+    if (bias_sums) {  // at the point (1, 1) the transform is the sum over a tile
+      const float* const ones = g + (M + 3) * g_plane;
+      each_vector(k_begin, k_end, [&](int64_t k, int64_t n) {
+        Vec sum = Vec::zero();
+        for (int64_t t = 0; t < tiles; ++t) sum = sum + Vec::load(ones + t * g_pitch + k - k_begin);
+        store(first > begin ? sum + load(bias_sums + k, n) : sum, bias_sums + k, n);
+      });
+    }
+    for (int64_t q = 0; q < Cut::kPoints && sums; ++q)
+      for (int64_t p = panel_begin; p < panel_end; ++p) {
+        winograd_sum(C, v.K - p * kTileCols, in + q * cut.plane, cut.pitch,
+                     g + q * g_plane + (p - panel_begin) * kTileCols, g_pitch, tiles,
+                     sums + (p * Cut::kPoints + q) * C * kTileCols, first > begin);
+      }
+  }
+}
+
+// The gradient of panels [begin, end) from their sums, in the strides of a filter.
+template <int M, class T>
+static void winograd_unpack_of(const Conv2d& v, const float* sums, const Filter& f, T* to,
+                               int64_t begin, int64_t end) {
+  constexpr int64_t kPoints = WinogradCut<M>::kPoints;
+  const int64_t C = v.x.C;
+  float taps[kFilterInputs * 9 * kTileCols];
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
+    for (int64_t c = 0; c < C; c += kFilterInputs) {
+      const int64_t inputs = least(C - c, kFilterInputs);
+      for (int64_t i = 0; i < inputs; ++i)
+        for (int64_t o = 0; o < lanes; o += Vec::kWidth) {
+          const float* s = sums + (p * kPoints * C + c + i) * kTileCols + o;
+          float* const t = taps + i * 9 * kTileCols + o;
+          transform<Winograd<M>::kWeightT>(
+              [&](int h, int w) { return Vec::load(s + (h * (M + 2) + w) * C * kTileCols); },
+              [&](int h, int w, Vec e) { e.store(t + (3 * h + w) * kTileCols); });
+        }
+      T* const weight = to + p * kTileCols * f.so + c * f.si;
+      const bool along = f.sw == 1 && f.sh == 3;  // taps along memory
+      for (int64_t i = 0; i < inputs && along; ++i)
+        unpack_panel(taps + i * 9 * kTileCols, kTileCols, lanes, 9, weight + i * f.si, f.so, 1);
+      for (int64_t i = 0; i < 9 && !along; ++i)
+        unpack_panel(taps + i * kTileCols, 9 * kTileCols, lanes, inputs,
+                     weight + i / 3 * f.sh + i % 3 * f.sw, f.so, f.si);
+    }
+  }
+}
+
+template <int M>
+static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
+                            int64_t begin, int64_t end) {
+  with_type(v.x.dtype,
+            [&]<class T>() { winograd_unpack_of<M>(v, sums, f, static_cast<T*>(to), begin, end); });
+}
+
+template <int M>
+constexpr Conv2dKernels kWinograd = {.blocks = winograd_blocks<M>,
+                                     .batch = winograd_batch<M>,
+                                     .scratch = winograd_scratch<M>,
+                                     .panels = winograd_panels,
+                                     .panel_floats = winograd_panel_floats<M>,
+                                     .sum_floats = winograd_sum_floats<M>,
+                                     .pack = winograd_pack<M>,
+                                     .forward = winograd<M>,
+                                     .grad_weight = winograd_grad_weight<M>,
+                                     .unpack = winograd_unpack<M>};
+
+}  // namespace
+}  // namespace dlkernels::cpu

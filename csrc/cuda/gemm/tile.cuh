@@ -1,0 +1,270 @@
+// A tile of a product of matrices: its operands on their way from global memory to tensor cores.
+//
+// A step is 128 bytes of K: kStep numbers of each row of A and of B. An operand's part of a step
+// lies in shared memory as it lies in global memory: lines of consecutive numbers, a line of K for
+// each row (kKInner), or a line of rows for each k.
+#pragma once
+#include "cuda/common.cuh"
+
+namespace dlkernels::cuda {
+
+// How float32 is multiplied: in three products of TF32, which is as exact as float32's own, or in
+// one, where PyTorch's user allows it. The narrow types have only one way. kExact gives NaN where
+// an operand is infinite or all but: kCareful does not, and takes longer.
+enum class Math { kExact, kCareful, kTF32 };
+
+// kM x kN of C by a block, kWarpM x kWarpN of it by a warp, with kStages steps of K under way.
+template <int M, int N, int WarpM, int WarpN, int Stages, int Blocks>
+struct Tile {
+  static constexpr int kM = M, kN = N, kWarpM = WarpM, kWarpN = WarpN, kStages = Stages;
+  static constexpr int kBlocks = Blocks;  // a multiprocessor, which bounds the registers
+  static constexpr int kThreads = kWarp * (kM / kWarpM) * (kN / kWarpN);
+  static constexpr int kStage = (kM + kN) * 128;       // bytes
+  static constexpr int kStagedRow = kN + 8;            // floats of C in shared memory: 8 rows
+  static constexpr int kStaged = kM * kStagedRow * 4;  // of 4 lanes meet no bank twice
+  static constexpr int kShared = kStages * kStage > kStaged ? kStages * kStage : kStaged;
+
+  // The part of C that is this thread's warp's.
+  __device__ static int warp_m() {
+    return static_cast<int>(threadIdx.x) / kWarp % (kM / kWarpM) * kWarpM;
+  }
+  __device__ static int warp_n() {
+    return static_cast<int>(threadIdx.x) / kWarp / (kM / kWarpM) * kWarpN;
+  }
+};
+
+// Of 16 bytes in global memory those that are the operand's: from[0, valid). The rest counts as 0.
+template <class T>
+struct Run {
+  const T* from;
+  int valid;
+};
+
+// An operand as a matrix in memory. This is what the tile asks of any operand: run(line(i), at(j))
+// is the 16 bytes of line i from number j on, a multiple of so many; both may lie behind the end.
+// Lines are asked for once a tile and `at` once a step if kKInner, else the other way round, so
+// that an operand which is no matrix (the pixels under a window) works out little in a step.
+template <class Type, bool kKInner_>
+struct MatrixSource {
+  using T = Type;
+  static constexpr bool kKInner = kKInner_;
+  static constexpr int kPack = Pack<T>::kSize;
+
+  const T* data;
+  int64_t stride, lines, size;  // from line to line; how many; numbers a line
+  int alignment;                // of every line, in bytes: 16, 4 or 2 (float: 16 or 4)
+
+  struct At {
+    int64_t offset;
+    int valid;
+  };
+  using Line = const T*;  // null behind the last
+
+  __device__ Line line(int64_t i) const { return i < lines ? data + i * stride : nullptr; }
+  __device__ At at(int64_t j) const {
+    const int64_t left = size - j;
+    return {j, left <= 0 ? 0 : left < kPack ? static_cast<int>(left) : kPack};
+  }
+  __device__ Run<T> run(Line line, const At& at) const {
+    if (!line || !at.valid) return {data, 0};
+    return {line + at.offset, at.valid};
+  }
+};
+
+// Where pack p (16 bytes) of line l lies: at place p ^ swizzle(l) of its line, so that 8 lines'
+// same packs (a matrix's rows) lie in all banks, and 4 lines' same two packs where floats are read
+// alone.
+template <class T, bool kKInner, int kOuter>
+struct Layout {
+  static constexpr int kPack = Pack<T>::kSize, kStep = 128 / static_cast<int>(sizeof(T));
+  static constexpr int kLines = kKInner ? kOuter : kStep;
+  static constexpr int kPacks = (kKInner ? kStep : kOuter) / kPack;  // a line
+
+  __device__ static int at(int line, int pack) {  // in bytes
+    const int swizzle = !kKInner && sizeof(T) == 4 ? line % 4 * 2 : line % 8;
+    return (line * kPacks + (pack ^ swizzle)) * 16;
+  }
+};
+
+// Copies a block's part of an operand, kOuter rows from `outer` on, step by step.
+template <class Source, int kOuter, int kThreads>
+class Loader {
+  using T = typename Source::T;
+  using L = Layout<T, Source::kKInner, kOuter>;
+  static constexpr bool kKInner = Source::kKInner;
+  static constexpr int kRows = kThreads / L::kPacks, kEach = L::kLines / kRows;  // lines
+  static_assert(kThreads % L::kPacks == 0 && L::kLines % kRows == 0);
+
+ public:
+  __device__ Loader(const Source& source, int64_t outer)
+      : source_(source),
+        outer_(outer),
+        row_(static_cast<int>(threadIdx.x) / L::kPacks),
+        pack_(static_cast<int>(threadIdx.x) % L::kPacks) {
+    if constexpr (kKInner) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) lines_[i] = source.line(outer + row_ + i * kRows);
+    } else {
+      at_ = source.at(outer + pack_ * L::kPack);
+    }
+  }
+
+  __device__ __forceinline__ void copy(unsigned char* tile, int64_t k) const {
+    if (source_.alignment == 16) {
+      const auto at = kKInner ? source_.at(k + pack_ * L::kPack) : at_;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int line = row_ + i * kRows;
+        const Run<T> run =
+            source_.run(kKInner ? lines_[kKInner ? i : 0] : source_.line(k + line), at);
+        copy_async<16>(tile + L::at(line, pack_), run.from,
+                       run.valid * static_cast<int>(sizeof(T)));
+      }
+    } else {
+#pragma unroll 1
+      for (int line = row_; line < L::kLines; line += kRows) {
+        const int64_t i = kKInner ? outer_ : k, j = kKInner ? k : outer_;
+        put(tile + L::at(line, pack_),
+            source_.run(source_.line(i + line), source_.at(j + pack_ * L::kPack)));
+      }
+    }
+  }
+
+ private:
+  // 16 bytes that are not aligned to as many.
+  __device__ void put(unsigned char* to, const Run<T>& run) const {
+    if (source_.alignment == 4) {
+      constexpr int kPer = 4 / sizeof(T);
+#pragma unroll
+      for (int i = 0; i < L::kPack; i += kPer) {
+        const int valid = run.valid - i < 0 ? 0 : run.valid - i < kPer ? run.valid - i : kPer;
+        copy_async<4>(to + i * sizeof(T), valid ? run.from + i : run.from,
+                      valid * static_cast<int>(sizeof(T)));
+      }
+    } else {  // seen by the others after the barrier that the next step begins with
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < L::kPack; ++i)
+        pack.values[i] = i < run.valid ? run.from[i] : from_float<T>(0);
+      *reinterpret_cast<Pack<T>*>(to) = pack;
+    }
+  }
+
+  const Source source_;
+  const int64_t outer_;
+  const int row_, pack_;
+  typename Source::Line lines_[kKInner ? kEach : 1];
+  typename Source::At at_;
+};
+
+// Reads a warp's part of an operand, the rows from `outer` on, out of shared memory. load(r, i,
+// part) is its rows [16 i, 16 i + 16) in part `part` (of 4) of the step, as multiply_add_16x8x16
+// and multiply_add_16x8x8_tf32 take A: r[0] rows g, r[1] rows g + 8, both in the part's first half;
+// r[2], r[3] the same in its second. For B these are two tiles of 8: {r[0], r[2]}, {r[1], r[3]}.
+template <class T, bool kKInner, int kOuter>
+class Fragments {
+  using L = Layout<T, kKInner, kOuter>;
+  static constexpr bool kMatrices = kKInner || sizeof(T) == 2;  // which ldmatrix can read
+
+ public:
+  __device__ explicit Fragments(int outer) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if constexpr (kKInner)
+      offset_ = outer * 128 + L::at(lane % 16, lane / 16);
+    else if constexpr (kMatrices)
+      offset_ = L::at(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ outer * 2;
+    else
+      offset_ = (L::at(lane % 4, lane / 16) ^ outer * 4) + lane / 4 % 4 * 4;
+  }
+
+  // A swizzle is linear: at(l, p ^ q) = at(l, p) ^ 16 q. So a lane needs one offset, and numbers
+  // known to the compiler.
+  __device__ __forceinline__ void load(uint32_t (&r)[4], const unsigned char* tile, int i,
+                                       int part) const {
+    constexpr int kLine = L::kPacks * 16;
+    if constexpr (kKInner) {
+      load_matrices(r, tile + i * 16 * kLine + (offset_ ^ part * 32));
+    } else if constexpr (kMatrices) {
+      load_matrices_transposed(r, tile + part * 16 * kLine + (offset_ ^ i * 32));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        r[j] = *reinterpret_cast<const uint32_t*>(tile + (8 * part + j / 2 * 4) * kLine +
+                                                  (offset_ ^ (i * 64 + j % 2 * 32)));
+    }
+  }
+
+ private:
+  int offset_;
+};
+
+__device__ __forceinline__ bool is_infinite(uint32_t x) { return (x << 1) == 0xff000000; }
+
+// x = big + small: big is x rounded to TF32, and small has 12 bits, of which tensor cores drop the
+// last.
+template <Math kMath>
+__device__ __forceinline__ void split(uint32_t x, uint32_t& big, uint32_t& small) {
+  big = (x + 0x1000) & ~0x1fffu;  // may turn a NaN to something else; small is one then
+  if constexpr (kMath == Math::kCareful) {
+    small = 0;
+    if (is_infinite(x)) return;
+    if (is_infinite(big)) big = x & ~0x1fffu;
+  }
+  small = __float_as_uint(__uint_as_float(x) - __uint_as_float(big));
+}
+
+// What small parts are multiplied by: an infinity times 0, or one less another, would be NaN.
+template <Math kMath, int n>
+struct Factor {
+  uint32_t values[n];
+
+  __device__ __forceinline__ explicit Factor(const uint32_t (&big)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      values[i] = kMath == Math::kCareful && is_infinite(big[i]) ? 0 : big[i];
+  }
+};
+
+// c += a * b, kI x kJ products of 16x8; a(i) is a's fragment i, asked for just before its use, so
+// that it takes no registers before.
+template <class T, Math kMath, int kI, int kJ, class F>
+__device__ __forceinline__ void multiply_add(float (&c)[kI][kJ][4], const F& a_fragment,
+                                             const uint32_t (&b)[kJ][2]) {
+  constexpr bool kSplit = sizeof(T) == 4 && kMath != Math::kTF32;
+  uint32_t big_b[kJ][2], small_b[kSplit ? kJ : 1][2];
+#pragma unroll
+  for (int j = 0; j < kJ; ++j)
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if constexpr (kSplit) split<kMath>(b[j][k], big_b[j][k], small_b[j][k]);
+#pragma unroll
+  for (int i = 0; i < kI; ++i) {
+    uint32_t a[4];
+    a_fragment(a, i);
+    if constexpr (kSplit) {
+      uint32_t big_a[4], small_a[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) split<kMath>(a[k], big_a[k], small_a[k]);
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) {
+        // Tensor cores round sums toward zero, which would add up over a long K: so each 8 of K are
+        // summed there, small before big, and added here.
+        float sum[4] = {};
+        multiply_add_16x8x8_tf32(sum, small_a, Factor<kMath, 2>(big_b[j]).values);
+        multiply_add_16x8x8_tf32(sum, Factor<kMath, 4>(big_a).values, small_b[j]);
+        multiply_add_16x8x8_tf32(sum, big_a, big_b[j]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) c[i][j][k] += sum[k];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j)
+        if constexpr (sizeof(T) == 4)
+          multiply_add_16x8x8_tf32(c[i][j], a, b[j]);
+        else
+          multiply_add_16x8x16<T>(c[i][j], a, b[j]);
+    }
+  }
+}
+
+}  // namespace dlkernels::cuda

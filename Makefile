@@ -98,6 +98,9 @@ lint: $(VENV)/.lint  ## check style and the rules of the house
 	# Kernels know no torch, intrinsics stand in cpu/simd, conditions in x86 guards.
 	! grep -rnE '#include *[<"](torch|ATen|c10)|\b(torch|ATen|at|c10)::' csrc/cpu $(wildcard csrc/cuda)
 	! grep -rnE --exclude-dir=simd '\b_mm[0-9]*_' csrc
+	# A header includes what it uses.
+	for header in $$(find csrc/cpu -name '*.inl.h' -not -name table.inl.h); do \
+	  echo "#include \"$$header\"" | $(CXX) -std=c++20 -fsyntax-only -Icsrc -I. -x c++ - || exit 1; done
 	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(cuda/common\.cuh|cpu/(simd/vec\.h|dispatch\.cpp)):'
 
 format: $(VENV)/.lint  ## rewrite the sources in the house's style

@@ -28,6 +28,7 @@ CASES = {
         [(37, 70), (45, 70), (45,), (10, 45), (10,)],
     ),
     "relu": (functional.relu, F.relu, [(37, 70)]),
+    "leaky_relu": (functional.leaky_relu, F.leaky_relu, [(37, 70)]),
     "conv2d": (
         lambda x, w, b: functional.conv2d(x, w, b, padding=1),
         lambda x, w, b: F.conv2d(x, w, b, padding=1),

@@ -24,6 +24,7 @@ _direct = SimpleNamespace(
             "linear_relu",
             "mlp",
             "relu",
+            "leaky_relu",
             "conv2d",
             "conv2d_relu",
             "conv2d_relu_max_pool2d",
@@ -163,6 +164,20 @@ def relu(input, inplace=False):
     if not inplace and _ours(input):
         return _ops().relu(input)
     return _torch("relu", F.relu, input, inplace)
+
+
+def leaky_relu(input, negative_slope=0.01, inplace=False):
+    """``input`` where it is above 0, else ``input * negative_slope``:
+    :func:`torch.nn.functional.leaky_relu`.
+
+    Args:
+        input: any shape
+        negative_slope: a number
+        inplace: overwrite ``input``; PyTorch's own op does that, already in a single pass
+    """
+    if not inplace and isinstance(negative_slope, int | float) and _ours(input):
+        return _ops().leaky_relu(input, negative_slope)
+    return _torch("leaky_relu", F.leaky_relu, input, negative_slope, inplace)
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -19,6 +19,7 @@ __all__ = [
     "Conv2dReLU",
     "Conv2dReLUMaxPool2d",
     "CrossEntropyLoss",
+    "LeakyReLU",
     "Linear",
     "LinearReLU",
     "MaxPool2d",
@@ -108,6 +109,18 @@ class ReLU(torch.nn.ReLU):
         if self.inplace:
             return super().forward(input)
         return functional.relu(input)
+
+
+@replaces(torch.nn.LeakyReLU)
+class LeakyReLU(torch.nn.LeakyReLU):
+    """:class:`torch.nn.LeakyReLU`. With ``inplace=True`` it is PyTorch's own op, which takes a
+    single pass."""
+
+    @is_leaf_in_fx
+    def forward(self, input):
+        if self.inplace:
+            return super().forward(input)
+        return functional.leaky_relu(input, self.negative_slope)
 
 
 @replaces(torch.nn.Conv2d)

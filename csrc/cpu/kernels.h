@@ -222,6 +222,13 @@ struct Kernels {
   void (*relu_backward)(const float* grad_y, const float* y, float* grad_x, int64_t begin,
                         int64_t end);
 
+  // y[i] = x[i] > 0 ? x[i] : x[i] * slope
+  void (*leaky_relu)(const float* x, float* y, float slope, int64_t begin, int64_t end);
+
+  // grad_x[i] = x[i] > 0 ? grad_y[i] : grad_y[i] * slope
+  void (*leaky_relu_backward)(const float* grad_y, const float* x, float* grad_x, float slope,
+                              int64_t begin, int64_t end);
+
   // y[o] = max over the elements of window o, NaN above all; argmax[o] (unless null) is the first
   // greatest one, or the last NaN. Rows (image, oh) from begin to end.
   void (*max_pool2d)(const float* x, float* y, uint8_t* argmax, const Pool& pool, int64_t begin,

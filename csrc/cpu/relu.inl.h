@@ -1,4 +1,5 @@
-// y[i] = max(0, x[i]) and its gradient.
+// y[i] = max(0, x[i]); grad_x[i] = y[i] <= 0 ? 0 : grad_y[i].
+// One pass over memory, which bounds it: 8 bytes an element forward, 12 backward.
 #pragma once
 #include "cpu/simd/vec.h"
 
@@ -13,8 +14,9 @@ static void relu(const float* x, float* y, int64_t begin, int64_t end) {
 
 static void relu_backward(const float* grad_y, const float* y, float* grad_x, int64_t begin,
                           int64_t end) {
-  const Source<float> grad(grad_y, y);
-  each_vector(begin, end, [&](int64_t i, int64_t n) { store(grad.at(i, n), grad_x + i, n); });
+  each_vector(begin, end, [&](int64_t i, int64_t n) {  // NaN is not <= 0
+    store(select(load(y + i, n) <= Vec::zero(), Vec::zero(), load(grad_y + i, n)), grad_x + i, n);
+  });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "cpu/cross_entropy.inl.h"
 #include "cpu/gemm/dot.inl.h"
 #include "cpu/gemm/gemm.inl.h"
+#include "cpu/leaky_relu.inl.h"
 #include "cpu/optim/adadelta.inl.h"
 #include "cpu/optim/adagrad.inl.h"
 #include "cpu/optim/adam.inl.h"
@@ -36,6 +37,8 @@ constinit const Kernels ISA = {
     .sum_rows = sum_rows,
     .relu = relu,
     .relu_backward = relu_backward,
+    .leaky_relu = leaky_relu,
+    .leaky_relu_backward = leaky_relu_backward,
     .max_pool2d = max_pool2d,
     .max_pool2d_backward = max_pool2d_backward,
     .max_pool2d_indices = max_pool2d_indices,

@@ -23,6 +23,11 @@ Error relu(DType dtype, const void* x, void* y, int64_t n, Stream stream);
 Error relu_backward(DType dtype, const void* grad_y, const void* y, void* grad_x, int64_t n,
                     Stream stream);
 
+// y[i] = x[i] > 0 ? x[i] : x[i] * slope; grad_x[i] = x[i] > 0 ? grad_y[i] : grad_y[i] * slope
+Error leaky_relu(DType dtype, const void* x, void* y, float slope, int64_t n, Stream stream);
+Error leaky_relu_backward(DType dtype, const void* grad_y, const void* x, void* grad_x, float slope,
+                          int64_t n, Stream stream);
+
 // ---- max pooling ---------------------------------------------------------------------------
 
 // One axis: element k < kernel of window o is input position o * stride - pad + k * dilation,
@@ -199,6 +204,8 @@ struct Kernels {
   int (*capability)(int device);  // as 90; 0 where it cannot be told
   decltype(cuda::relu)* relu;
   decltype(cuda::relu_backward)* relu_backward;
+  decltype(cuda::leaky_relu)* leaky_relu;
+  decltype(cuda::leaky_relu_backward)* leaky_relu_backward;
   decltype(cuda::max_pool2d)* max_pool2d;
   decltype(cuda::max_pool2d_backward)* max_pool2d_backward;
   decltype(cuda::max_pool2d_indices)* max_pool2d_indices;

@@ -9,6 +9,8 @@ const dlkernels::cuda::Kernels* dlkernels_cuda_kernels() {
       .capability = capability,
       .relu = relu,
       .relu_backward = relu_backward,
+      .leaky_relu = leaky_relu,
+      .leaky_relu_backward = leaky_relu_backward,
       .max_pool2d = max_pool2d,
       .max_pool2d_backward = max_pool2d_backward,
       .max_pool2d_indices = max_pool2d_indices,

@@ -25,7 +25,7 @@ SOURCES := setup.py build_backend.py build_kernels.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test test-full sanitize race fuzz cuda cuda-link .cuda-link \
+.PHONY: help train example test test-full sanitize arm race fuzz cuda cuda-link .cuda-link \
   .cuda-link-if-possible gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
@@ -41,7 +41,7 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 	$(PY) examples/$(NAME).py
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
+test: sanitize arm cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PYTEST)
 	$(MAKE) .cuda-link-if-possible
@@ -75,6 +75,9 @@ gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and Py
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	cd tests && PYTHONPATH=$(CURDIR) $(PYTHON) gpu_check.py
 
+arm:  ## build the kernels for 64-bit Arm and test them under qemu (g++-aarch64-linux-gnu, qemu-user)
+	@$(MAKE) --no-print-directory -C tests/cpp --jobs=$(shell nproc) arm
+
 race:  ## test them for data races under TSan: two minutes
 	$(SANITIZED) ../../build/kernels_race
 	build/kernels_race 10
@@ -101,7 +104,7 @@ lint: $(VENV)/.lint  ## check style and the rules of the house
 	# A header includes what it uses.
 	for header in $$(find csrc/cpu -name '*.inl.h' -not -name table.inl.h); do \
 	  echo "#include \"$$header\"" | $(CXX) -std=c++20 -fsyntax-only -Icsrc -I. -x c++ - || exit 1; done
-	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(cuda/common\.cuh|cpu/(simd/vec\.h|dispatch\.cpp)):'
+	! grep -rnE '^ *# *if' csrc | grep -vE '^csrc/(cuda/common\.cuh|cpu/(simd/vec\.h|isa_avx[0-9]+\.cpp|dispatch\.cpp)):'
 
 format: $(VENV)/.lint  ## rewrite the sources in the house's style
 	$(PY) -m ruff check --fix .

@@ -84,7 +84,7 @@ def compile_all(folder: Path, commands: dict[Path, list]) -> list[Path]:
 
 def build_cpu(folder: Path, compiler: list) -> list[Path]:
     """The objects of csrc/cpu, by the C++ compiler with its flags; its warnings are shown."""
-    objects = compile_all(folder, dict.fromkeys(sorted(SOURCE.glob("cpu/*.cpp")), compiler))
+    objects = compile_all(folder, dict.fromkeys(sorted(SOURCE.glob("cpu/**/*.cpp")), compiler))
     for path in objects:
         print(end=path.with_suffix(".txt").read_text().partition("\n")[2], file=sys.stderr)
     return objects

@@ -26,11 +26,11 @@ static inline float row_sum(int64_t C, const F& f) {
   Vec total = Vec::zero();
   for (int64_t begin = 0; begin < C; begin += kBlock) {
     Vec block = Vec::zero();
-    each_vector(begin, least(C, begin + kBlock),
+    each_vector(begin, min(C, begin + kBlock),
                 [&](int64_t c, int64_t n) { block = block + f(c, n); });
     total = total + block;
   }
-  return sum(total);
+  return reduce_sum(total);
 }
 
 // The greatest element. NaN counts for nothing here: the exponentials bring it up.
@@ -43,8 +43,8 @@ static float row_max(const float* x, int64_t C) {
 #pragma GCC unroll 4
     for (int64_t v = 0; v < V; ++v) top[v] = max(Vec::load(x + c + v * Vec::kWidth), top[v]);
   for (; c < C; c += Vec::kWidth)
-    top[0] = max(load_or(x + c, least(C - c, Vec::kWidth), none), top[0]);
-  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+    top[0] = max(load_or(x + c, min(C - c, Vec::kWidth), none), top[0]);
+  return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // s, and the exponentials where somebody wants them. Lanes that are not there count as e^-inf = 0.
@@ -130,12 +130,12 @@ static double finish_row(const CrossEntropy& a, int64_t row, float top, float s)
 }
 
 // Rows along memory. A few at a time, as fit in L1, so that no row's sums wait for the row before.
-static double rows_along(const CrossEntropy& a, int64_t begin, int64_t end) {
+static double contiguous_rows(const CrossEntropy& a, int64_t begin, int64_t end) {
   constexpr int64_t kRows = 8, kFit = 4096;
-  const int64_t C = a.C, rows = C > kFit ? 1 : least(kRows, kFit / C);
+  const int64_t C = a.C, rows = C > kFit ? 1 : min(kRows, kFit / C);
   double total = 0;
   for (int64_t row = begin; row < end; row += rows) {
-    const int64_t n = least(rows, end - row);
+    const int64_t n = min(rows, end - row);
     float top[kRows], s[kRows];
     for (int64_t i = 0; i < n; ++i) top[i] = row_max(a.x + (row + i) * C, C);
     for (int64_t i = 0; i < n; ++i) {
@@ -162,7 +162,7 @@ struct Lanes {
   int64_t step;
 };
 
-static double rows_across(const CrossEntropy& a, int64_t row, int64_t n, const Lanes& at) {
+static double strided_rows(const CrossEntropy& a, int64_t row, int64_t n, const Lanes& at) {
   const bool is_spread = !a.target || a.smoothing != 0;
   const auto g = [&](int64_t c) {
     Vec v = Vec::fill(even(a));
@@ -226,15 +226,15 @@ static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
   constexpr int64_t W = Vec::kWidth;
   float x[kShort * W], probabilities[kShort * W];
   const int64_t first = row * a.C;
-  pack_panel<W>(Source<float>(a.x), first, a.C, 1, n, a.C, x);
+  pack_panel<W>(MaskedInput<float>(a.x), first, a.C, 1, n, a.C, x);
   if (!a.target)
-    pack_panel<W>(Source<float>(a.probabilities), first, a.C, 1, n, a.C, probabilities);
-  const double loss = rows_across(a, row, n, {x, probabilities, a.grad ? x : nullptr, W});
+    pack_panel<W>(MaskedInput<float>(a.probabilities), first, a.C, 1, n, a.C, probabilities);
+  const double loss = strided_rows(a, row, n, {x, probabilities, a.grad ? x : nullptr, W});
   for (int64_t c = 0; a.grad && c < a.C; c += W) {
     Vec r[W];
     for (int64_t j = 0; j < W; ++j) r[j] = c + j < a.C ? Vec::load(x + (c + j) * W) : Vec::zero();
     transpose(r);
-    for (int64_t i = 0; i < n; ++i) store(r[i], a.grad + first + i * a.C + c, least(a.C - c, W));
+    for (int64_t i = 0; i < n; ++i) store(r[i], a.grad + first + i * a.C + c, min(a.C - c, W));
   }
   return loss;
 }
@@ -244,19 +244,19 @@ static int64_t first_of(const CrossEntropy& a, int64_t row) {
   return row / a.inner * a.C * a.inner + row % a.inner;
 }
 static int64_t beside(const CrossEntropy& a, int64_t row, int64_t end) {
-  const int64_t n = least(Vec::kWidth, end - row);
-  return a.inner == 1 ? n : least(n, a.inner - row % a.inner);
+  const int64_t n = min(Vec::kWidth, end - row);
+  return a.inner == 1 ? n : min(n, a.inner - row % a.inner);
 }
 
 static double cross_entropy(const CrossEntropy& a, int64_t begin, int64_t end) {
-  if (a.inner == 1 && a.C > kShort) return rows_along(a, begin, end);
+  if (a.inner == 1 && a.C > kShort) return contiguous_rows(a, begin, end);
   double total = 0;
   for (int64_t row = begin, n; row < end; row += n) {
     n = beside(a, row, end);
     const int64_t first = first_of(a, row);
     const Lanes at = {a.x + first, a.target ? nullptr : a.probabilities + first,
                       a.grad ? a.grad + first : nullptr, a.inner};
-    total += a.inner == 1 ? rows_turned(a, row, n) : rows_across(a, row, n, at);
+    total += a.inner == 1 ? rows_turned(a, row, n) : strided_rows(a, row, n, at);
   }
   return total;
 }

@@ -32,10 +32,10 @@ static int level(const char* isa) {
 }
 
 static const Kernels* choose() {
-  const int ours = level(std::getenv("DLKERNELS_ISA"));
-  const int torchs = level(std::getenv("ATEN_CPU_CAPABILITY"));
+  const int wanted = level(std::getenv("DLKERNELS_ISA"));
+  const int torch_wants = level(std::getenv("ATEN_CPU_CAPABILITY"));
   const Kernels* const* table = supported();
-  while (level((*table)->isa) > (ours < torchs ? ours : torchs)) ++table;
+  while (level((*table)->isa) > (wanted < torch_wants ? wanted : torch_wants)) ++table;
   return *table;
 }
 

@@ -34,7 +34,7 @@ struct GemmOutput {
 };
 
 // The part of C a call computes: rows [m0, m1), columns [n0, n1).
-struct GemmPart {
+struct GemmChunk {
   int64_t m0, m1, n0, n1;
 };
 struct GemmSize {
@@ -43,54 +43,58 @@ struct GemmSize {
 
 // ---- convolution ---------------------------------------------------------------------------
 
-constexpr int64_t kNoElement = 255;  // the argmax of a window to which no gradient goes
-
-// An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw], or 0
-// where relu_y, laid out alike, is <= 0. Channels lie along memory (sc = 1), or columns (sw = 1).
-struct Images {
-  const void* data;
-  const void* relu_y;
-  int64_t C, H, W, sn, sc, sh, sw;
+// What happens to an image's elements while a block of it is loaded into scratch.
+struct OnLoad {
+  // The gradient of a ReLU: an element counts as 0 where relu_y, laid out as the image, is <= 0.
+  const void* relu_y = nullptr;
 
   // The gradient of a max-pool with windows of 2x2, from that of its output: H and W are the pool's
-  // input, data and its strides the output (N, C, H / 2, W / 2). argmax, channels last, says which
-  // element of its window each gradient belongs to: 0 to 3, or none.
+  // input, the image's data and strides its output (N, C, H / 2, W / 2). argmax, channels last,
+  // names the element of its window that each gradient belongs to: 0 to 3, or none.
   const uint8_t* argmax = nullptr;
+};
 
+// An (N, C, H, W) tensor: element (n, c, h, w) is data[n * sn + c * sc + h * sh + w * sw]. Either
+// sc or sw is 1.
+struct ImageView {
+  const void* data;
+  int64_t C, H, W, sn, sc, sh, sw;
   DType dtype = DType::kFloat32;
+  OnLoad on_load = {};
 };
 
-// One axis: tap t of output o is input (o * stride - pad + t * dilation) / up, where that is a
-// whole number. The gradient of a convolution is one with up = its stride.
-struct ConvAxis {
-  int64_t out, taps, stride, pad, dilation, up = 1;
+// What happens to a sum over all products before it is stored, in this order.
+struct OnStore {
+  const float* bias = nullptr;  // (K) or null
+  bool relu = false;
+  // The max-pool with windows of 2x2, after relu: OH and OW are even, and what is stored is y (N,
+  // K, OH / 2, OW / 2) and, channels last, which element of its window each is: 0 to 3, or
+  // kNoElement where it is <= 0.
+  uint8_t* argmax = nullptr;
 };
 
-// x -> y (N, K, OH, OW) = act(conv2d(x) + bias). y by its strides, as Images. With argmax, OH and
-// OW are even and what is written is the max-pool of that, 2x2: y (N, K, OH / 2, OW / 2), and which
-// element of its window (kNoElement where that is <= 0), channels last. x's dtype is that of y and
-// of the weights.
+// x -> y (N, K, OH, OW) = on_store(conv2d(on_load(x))). y by its strides, as ImageView, and of x's
+// dtype, as are the weights.
 struct Conv2d {
-  Images x;
+  ImageView x;
   ConvAxis h, w;
   int64_t groups, K;
   void* y = nullptr;
   int64_t yn = 0, yc = 0, yh = 0, yw = 0;
-  uint8_t* argmax = nullptr;
-  const float* bias = nullptr;  // (K) or null
-  bool relu = false;
+  OnStore on_store = {};
 };
 
 // Weights: output o and input i of group g at data[g * sg + o * so + i * si + kh * sh + kw * sw]. A
 // rotated kernel has negative steps.
-struct Filter {
+struct WeightView {
   const void* data;
   int64_t sg, so, si, sh, sw;
 };
 
-// A convolution works on blocks of an image's outputs, and on panels of output channels. Sizes in
-// floats must not overflow: the caller sees to that.
-struct Conv2dKernels {
+// One way to compute a convolution. It works on blocks of an image's outputs, and on panels of
+// output channels. Sizes in floats must not overflow: the caller sees to that.
+struct Conv2dAlgorithm {
+  bool (*supports)(const Conv2d& conv);
   int64_t (*blocks)(const Conv2d& conv);  // an image
   int64_t (*batch)(const Conv2d& conv);   // blocks that are best done together, of several images
   int64_t (*scratch)(const Conv2d& conv);
@@ -99,7 +103,8 @@ struct Conv2dKernels {
   int64_t (*sum_floats)(const Conv2d& conv);
 
   // Packs the weights of panels [begin, end).
-  void (*pack)(const Conv2d& conv, const Filter& filter, float* packed, int64_t begin, int64_t end);
+  void (*pack)(const Conv2d& conv, const WeightView& filter, float* packed, int64_t begin,
+               int64_t end);
 
   // Blocks [begin, end) of all images, panels [panel_begin, panel_end).
   void (*forward)(const Conv2d& conv, const float* packed, int64_t begin, int64_t end,
@@ -108,22 +113,16 @@ struct Conv2dKernels {
   // sums = sum over blocks [begin, end), not none, of x's windows times grad_y, and bias_sums (K)
   // of grad_y. Either may be null. Only the panels' own channels are touched. Another begin or end
   // is another order of adding.
-  void (*grad_weight)(const Conv2d& conv, const Images& grad_y, int64_t begin, int64_t end,
+  void (*grad_weight)(const Conv2d& conv, const ImageView& grad_y, int64_t begin, int64_t end,
                       int64_t panel_begin, int64_t panel_end, float* sums, float* bias_sums,
                       float* scratch);
 
   // The panels' part of the gradient from all sums, added up; `to` by the strides of a filter.
-  void (*unpack)(const Conv2d& conv, const float* sums, const Filter& strides, void* to,
+  void (*unpack)(const Conv2d& conv, const float* sums, const WeightView& strides, void* to,
                  int64_t begin, int64_t end);
 };
 
 // ---- max pooling ---------------------------------------------------------------------------
-
-// One axis of it: element k < kernel of window o is input position o * stride - pad + k * dilation,
-// missing where that is outside [0, in).
-struct PoolAxis {
-  int64_t in, out, kernel, stride, pad, dilation;
-};
 
 // x (images, H, W, C) -> y (images, OH, OW, C), H and W being h.in and w.in. Planes are images with
 // one channel. An argmax is a byte: kh * KW + kw, so KH * KW <= 255.
@@ -194,23 +193,24 @@ struct Kernels {
 
   // C[m, n] = sum_k a[m, k] * b[n, k], with gemm_scratch floats, 64-byte aligned.
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-               const GemmPart& part, float* scratch);
+               const GemmChunk& part, float* scratch);
   int64_t gemm_scratch;
 
   // The size of its parts (M, N) for so many threads, which may be a share of one.
-  GemmSize (*gemm_part_size)(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
-                             const GemmOutput& out, double threads);
+  GemmSize (*gemm_chunk_size)(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
+                              const GemmOutput& out, double threads);
 
   // The same where both operands have col = 1, without masks and row_sums, all of one dtype, and
   // nothing is packed: for a few rows of either, where the sum is long.
   void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                   const GemmPart& part);
+                   const GemmChunk& part);
 
-  // The ways to compute a convolution. Depthwise is for few channels a group. Winograd's, by tiles
-  // of 4x4 or 2x2 outputs, need windows of 3x3, stride, dilation and up 1, one group. 4x4 is the
-  // fastest for 16 channels and more, and rounds most: RMS 2 to 4 times that of the direct sum,
-  // where 2x2 rounds as that does.
-  Conv2dKernels conv2d, depthwise, winograd_4x4, winograd_2x2;
+  // direct is for every convolution. small_k is for few output channels, scatter for those of which
+  // most taps lie outside of the image, depthwise for few channels a group. Winograd's, by tiles of
+  // 4x4 or 2x2 outputs, are for windows of 3x3, one group, stride and dilations of 1. 4x4 is the
+  // fastest for 16 channels and more, and rounds most: its RMS error is 2 to 4 times that of the
+  // direct sum, where that of 2x2 is the direct sum's.
+  Conv2dAlgorithm direct, small_k, scatter, depthwise, winograd_4x4, winograd_2x2;
 
   // y[i] = sum_r x[r * n + i], in order
   void (*sum_rows)(const float* x, int64_t rows, int64_t n, float* y, int64_t begin, int64_t end);
@@ -266,8 +266,17 @@ struct Kernels {
   float (*multiply_add)(int64_t times);
 };
 
+// What the choice of an algorithm may take. kAny is what is fastest; the others are for tests,
+// where they support the convolution.
+enum class Conv2dForce { kAny, kDirect, kWinograd2x2, kWinograd4x4 };
+
+// The algorithm for a pass over N images, from the shape alone. `exact` excludes those that round
+// more than the direct sum (Winograd's).
+const Conv2dAlgorithm& choose_conv2d(const Kernels& table, int64_t N, const Conv2d& conv,
+                                     bool exact, Conv2dForce force = Conv2dForce::kAny);
+
 // Whether that machine multiplies pairs of bfloat16 by instructions that its table has none of: to
-// widen them first is the slower way there.
+// convert them to float32 first is slower there.
 bool multiplies_bfloat16();
 
 // The best table this machine can run. DLKERNELS_ISA=baseline|avx2|avx512 and torch's own
@@ -277,6 +286,6 @@ const Kernels& kernels();
 // Changes the choice, for tests and benchmarks; false where the machine lacks that ISA.
 bool set_isa(const char* isa);
 
-extern const Kernels baseline, avx2, avx512;  // for tests; call kernels() elsewhere
+extern const Kernels baseline, avx2, avx512;  // for dispatch.cpp; the last two on x86-64 alone
 
 }  // namespace dlkernels::cpu

@@ -17,7 +17,7 @@ static float multiply_add(int64_t times) {
     for (int64_t c = 0; c < kProbeChains; ++c) chain[c] = fma(chain[c], half, half);
   Vec total = Vec::zero();
   for (int64_t c = 0; c < kProbeChains; ++c) total = total + chain[c];
-  return sum(total);
+  return reduce_sum(total);
 }
 
 }  // namespace

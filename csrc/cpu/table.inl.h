@@ -5,6 +5,8 @@
 #include "cpu/kernels.h"
 #include "cpu/conv2d/depthwise.inl.h"
 #include "cpu/conv2d/direct.inl.h"
+#include "cpu/conv2d/scatter.inl.h"
+#include "cpu/conv2d/small_k.inl.h"
 #include "cpu/conv2d/winograd.inl.h"
 #include "cpu/cross_entropy.inl.h"
 #include "cpu/gemm/dot.inl.h"
@@ -28,9 +30,11 @@ constinit const Kernels ISA = {
     .isa = STRING(ISA),
     .gemm = gemm,
     .gemm_scratch = kGemmScratch,
-    .gemm_part_size = gemm_part_size,
+    .gemm_chunk_size = gemm_chunk_size,
     .gemm_dot = gemm_dot,
-    .conv2d = kConv2d,
+    .direct = kDirect,
+    .small_k = kSmallK,
+    .scatter = kScatter,
     .depthwise = kDepthwise,
     .winograd_4x4 = kWinograd<4>,
     .winograd_2x2 = kWinograd<2>,

@@ -69,9 +69,12 @@ struct Divider {
         static_cast<uint32_t>(uint64_t{multiplier} * static_cast<uint32_t>(n) >> 32);
     return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
   }
+  __device__ int remainder(int n, int quotient) const {
+    return n - quotient * static_cast<int>(divisor);
+  }
   // n becomes n / divisor; what remains is returned.
   __device__ int split(int& n) const {
-    const int quotient = divide(n), rest = n - quotient * static_cast<int>(divisor);
+    const int quotient = divide(n), rest = remainder(n, quotient);
     n = quotient;
     return rest;
   }

@@ -30,12 +30,7 @@ Error leaky_relu_backward(DType dtype, const void* grad_y, const void* x, void* 
 
 // ---- max pooling ---------------------------------------------------------------------------
 
-// One axis: element k < kernel of window o is input position o * stride - pad + k * dilation,
-// missing where that is outside [0, in). in and out are at most kPoolSide; every window starts
-// before the input's end.
-struct PoolAxis {
-  int64_t in, out, kernel, stride, pad, dilation;
-};
+// in and out of an axis are at most this; every window starts before the input's end.
 constexpr int64_t kPoolSide = int64_t{1} << 29;
 
 // x (images, H, W, C) -> y (images, OH, OW, C), H and W being h.in and w.in: channels last; planes
@@ -127,16 +122,11 @@ int64_t adam_workspace(int64_t count);
 
 // ---- convolution ---------------------------------------------------------------------------
 
-// One axis: tap t of output o is input o * stride - pad + t * dilation, 0 where that is outside.
-struct ConvAxis {
-  int64_t in, out, taps, stride, pad, dilation;
-};
-
 // y[n, o, oh, ow] = bias[o] + sum over i, kh, kw of x[n, g * C / groups + i, h, w] * weight[o, i,
 // kh, kw], where g is o's group and h, w are tap kh of oh and tap kw of ow. An axis with its
 // padding and a plane have less than 2^30 elements, as do the weights with C / groups rounded up to
 // eight; there are less than 2^18 channels. Images may be of any size, and any many.
-enum class ConvWay { kFastest, kDirect, kGemm };
+enum class Conv2dAlgorithm { kFastest, kDirect, kGemm };
 struct Conv2d {
   DType dtype;  // of all but argmax
   int64_t N, C, K, groups;
@@ -144,7 +134,7 @@ struct Conv2d {
   bool channels_last;         // x, y and their gradients: (N, H, W, C), else (N, C, H, W)
   bool weight_channels_last;  // weight and its gradient: (K, KH, KW, C / groups), else as indexed
   bool allow_tf32 = false;    // float32 products may round their factors to TF32
-  ConvWay way = ConvWay::kFastest;  // or the one that is tested
+  Conv2dAlgorithm algorithm = Conv2dAlgorithm::kFastest;  // or the one that is tested
 };
 
 // relu: y = max(y, 0), a NaN stays one. With argmax, and then with relu, y (N, K, OH / 2, OW / 2)

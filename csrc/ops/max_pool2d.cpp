@@ -41,10 +41,7 @@ cuda::Pool cuda_view(const Window& window, SymIntArrayRef input_size, const Tens
   for (const int64_t side : {p.C, p.h.in, p.w.in, p.h.out, p.w.out})
     TORCH_CHECK(side <= cuda::kPoolSide, window.op, ": sides must be at most 2^29 on CUDA, got ",
                 y.sizes(), " from ", input_size);
-  const auto axis = [](const cpu::PoolAxis& a) -> cuda::PoolAxis {
-    return {a.in, a.out, a.kernel, a.stride, a.pad, a.dilation};
-  };
-  return {y.numel() / (p.h.out * p.w.out * p.C), p.C, axis(p.h), axis(p.w)};
+  return {y.numel() / (p.h.out * p.w.out * p.C), p.C, p.h, p.w};
 }
 
 uint8_t* bytes(const Tensor& argmax) {

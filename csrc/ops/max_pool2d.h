@@ -57,12 +57,12 @@ struct Window {
     sizes[at] = values.front(), sizes[at + 1] = values.back();
   }
 
-  cpu::PoolAxis axis(int i, int64_t in, int64_t out) const {
+  PoolAxis axis(int i, int64_t in, int64_t out) const {
     return {in, out, sizes[i], sizes[2 + i], sizes[4 + i], sizes[6 + i]};
   }
   IntArrayRef pair(size_t at) const { return pair_of(sizes, at); }
   // A position in a window must fit a byte, and leave 255 for none.
-  bool fits_argmax() const { return sizes[0] * sizes[1] <= cpu::kNoElement; }
+  bool fits_argmax() const { return sizes[0] * sizes[1] <= kNoElement; }
 };
 
 inline bool has_kernel(const Window& window, const Tensor& input) {
@@ -70,7 +70,7 @@ inline bool has_kernel(const Window& window, const Tensor& input) {
 }
 
 inline SymInt output_size(const Window& window, int i, const SymInt& in) {
-  const cpu::PoolAxis a = window.axis(i, 0, 0);
+  const PoolAxis a = window.axis(i, 0, 0);
   const int64_t span = (a.kernel - 1) * a.dilation + 1, up = window.ceil_mode ? a.stride - 1 : 0;
   TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, window.op,
               ": input must be smaller, got a side of ", in);
@@ -125,7 +125,7 @@ inline void check_argmax(const Window& window, const Tensor& argmax, SymIntArray
 inline void check_no_empty_window(const Window& window, const Tensor& input) {
   if (input.dim() < 2 || input.is_nested()) return;
   for (const int i : {0, 1}) {
-    const cpu::PoolAxis a = window.axis(i, 0, 0);
+    const PoolAxis a = window.axis(i, 0, 0);
     const SymInt in = input.sym_size(i - 2);
     if (a.pad == 0 || a.dilation == 1 || in >= a.dilation) continue;
     if (input.sym_numel() == 0) return;  // where they write nothing

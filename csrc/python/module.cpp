@@ -72,8 +72,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_conv_algorithm",
       [](const std::string& name) {
-        const auto before = forced_conv_algorithm.exchange(find_conv_algorithm(name.c_str()));
-        return kConvAlgorithms[static_cast<int>(before)];
+        const auto before = forced_conv2d.exchange(find_conv2d_force(name.c_str()));
+        return kConv2dForces[static_cast<int>(before)];
       },
       "Change what DLKERNELS_CONV forces (tests); what it was.");
 }

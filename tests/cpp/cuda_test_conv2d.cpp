@@ -8,8 +8,7 @@ namespace dlkernels::test {
 namespace {
 
 using cuda::Conv2d;
-using cuda::ConvAxis;
-using cuda::ConvWay;
+using cuda::Conv2dAlgorithm;
 
 ConvAxis axis(int64_t in, int64_t taps, int64_t stride = 1, int64_t pad = 0, int64_t dilation = 1) {
   return {in, (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1, taps, stride, pad, dilation};
@@ -68,7 +67,7 @@ struct Case {
   // How far a sum of n products in [-1, 1] may be off: as float32 sums are, and rounded to T; where
   // factors are rounded to TF32, by that.
   double tolerance(double n, double value) const {
-    const double products = s.allow_tf32 && s.way == ConvWay::kGemm ? 0x1p-10 * n : 0;
+    const double products = s.allow_tf32 && s.algorithm == Conv2dAlgorithm::kGemm ? 0x1p-10 * n : 0;
     return 2 * kEps<float> * (n + 4) + products + 2 * kEps<T> * std::fabs(value);
   }
 
@@ -170,7 +169,7 @@ struct Shape {
 
 template <class T>
 int wrong_results(const Shape& shape, bool last, bool weight_last, bool relu, bool tf32,
-                  ConvWay way) {
+                  Conv2dAlgorithm way) {
   const Conv2d s = {kDType<T>, shape.N, shape.C,     shape.K, shape.groups, shape.h,
                     shape.w,   last,    weight_last, tf32,    way};
   Case<T> c(s);
@@ -201,7 +200,7 @@ const Shape shapes[] = {
 
 // Two shapes, in layouts, with and without ReLU and TF32, that take turns.
 template <class T>
-int two_shapes(ConvWay way, int turn) {
+int two_shapes(Conv2dAlgorithm way, int turn) {
   int wrong = 0;
   for (int i = turn; i < turn + 2; ++i) {
     const int as = i + static_cast<int>(kDType<T>);
@@ -213,7 +212,7 @@ int two_shapes(ConvWay way, int turn) {
 
 // main calls a test six times, and fibres are slow: so that is when all shapes have been met, each
 // by one type or another, and by another on each way.
-int in_turn(ConvWay way, int call) {
+int in_turn(Conv2dAlgorithm way, int call) {
   const int turn = 2 * call;
   switch ((call + static_cast<int>(way)) % 3) {
     case 0:
@@ -227,18 +226,18 @@ int in_turn(ConvWay way, int call) {
 
 const CudaTest direct_test("conv2d, direct", [] {
   static int calls = 0;
-  return in_turn(ConvWay::kDirect, calls++);
+  return in_turn(Conv2dAlgorithm::kDirect, calls++);
 });
 
 const CudaTest gemm_test("conv2d, by matrices", [] {
   static int calls = 0;
-  return in_turn(ConvWay::kGemm, calls++);
+  return in_turn(Conv2dAlgorithm::kGemm, calls++);
 });
 
 // An infinite pixel makes its outputs infinite, and no other.
 const CudaTest infinite_test("conv2d, an infinity", [] {
   int wrong = 0;
-  for (const ConvWay way : {ConvWay::kDirect, ConvWay::kGemm}) {
+  for (const Conv2dAlgorithm way : {Conv2dAlgorithm::kDirect, Conv2dAlgorithm::kGemm}) {
     Case<float> c({cuda::DType::kFloat32, 1, 4, 5, 1, axis(4, 3, 1, 1), axis(5, 2), true, true,
                    /*allow_tf32=*/false, way});
     c.x[9] = INFINITY;
@@ -255,7 +254,7 @@ int wrong_gathers(const ConvAxis& a) {
     for (int64_t tap = 0; tap < a.taps; ++tap) expected += input(a, o, tap) >= 0;
   for (int residue = 0; residue < axis.residues; ++residue) {
     const auto g = axis.gather(residue, /*gradient=*/true);
-    wrong += g.count > axis.rows || (g.taps && static_cast<int>(g.by_taps.d) != g.taps);
+    wrong += g.count > axis.rows || (g.taps && static_cast<int>(g.by_taps.divisor) != g.taps);
     for (int i = 0; i < g.count; ++i) {
       ++inputs;
       for (int t = 0; t < g.taps; ++t) {
@@ -344,20 +343,6 @@ const CudaTest window_test("the maximum of a window", [] {
   for (const Window& w : windows) {
     const auto best = cuda::conv::pool_window(w.z);
     wrong += !close(best.value, w.value, 0) || best.element != w.element;
-  }
-  return wrong;
-});
-
-// Divisors at their limits.
-const CudaTest divisor_test("division by a multiplication", [] {
-  int wrong = 0;
-  for (const int64_t d :
-       {1, 2, 3, 5, 7, 64, 641, 65535, 65537, 1 << 30, (1 << 30) + 1, INT32_MAX}) {
-    const cuda::conv::Divisor by(d);
-    for (const int64_t near :
-         {int64_t{0}, d, 2 * d, 1000 * d, INT32_MAX / d * d, int64_t{INT32_MAX}})
-      for (int64_t n = near - 2; n <= near + 2; ++n)
-        if (n >= 0 && n <= INT32_MAX) wrong += by.quotient(static_cast<int>(n)) != n / d;
   }
   return wrong;
 });

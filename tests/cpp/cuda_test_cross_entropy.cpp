@@ -261,7 +261,7 @@ const CudaTest plan_test("cross_entropy's plans", [] {
   for (const int bytes : {2, 4})
     for (const int64_t inner : {int64_t{1}, int64_t{2}, int64_t{1} << 40})
       for (const int64_t C : {int64_t{1}, int64_t{16}, int64_t{1000}, int64_t{50257},
-                              int64_t{1} << 20, cuda::kMostClasses}) {
+                              int64_t{1} << 20, cuda::kMaxClasses}) {
         const cuda::Plan p = cuda::plan_of(C, inner, bytes);
         wrong += p.threads != p.members * p.rows_a_block || p.shared > 99 << 10 || p.cached < 0;
         const int64_t rows = int64_t{1} << 33;

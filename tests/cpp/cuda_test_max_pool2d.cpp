@@ -7,7 +7,6 @@ namespace dlkernels::test {
 namespace {
 
 using cuda::Pool;
-using cuda::PoolAxis;
 
 // Input element k of window (oh, ow) as h * W + w, or -1.
 int64_t place(const Pool& p, int64_t oh, int64_t ow, int64_t k) {
@@ -114,7 +113,7 @@ const CudaTest max_pool2d_test("max_pool2d", [] {
 // Where the pieces of sizes lie that no test can run.
 const CudaTest places_test("places of huge pools", [] {
   int wrong = 0;
-  for (const int64_t d : {1, 2, 3, 7, 641, 65537, 1 << 29, (1 << 29) + 127, 1 << 30})
+  for (const int64_t d : {1, 2, 3, 7, 641, 65537, 1 << 29, (1 << 29) + 127, 1 << 30, INT32_MAX})
     for (const int64_t n : {0, 1, 2, 640, 641, 65536, (1 << 30) - 1, 1 << 30, INT32_MAX})
       for (const int64_t m : {n, n / d * d, n / d * d - 1})
         if (m >= 0) wrong += cuda::Divider(d).divide(static_cast<int>(m)) != m / d;
@@ -127,7 +126,7 @@ const CudaTest places_test("places of huge pools", [] {
       wrong += p.row >= rows || p.column >= columns || p.pack >= packs;
     }
   // The last windows of the widest axis: reach and stride are beyond its end.
-  const cuda::PoolAxis widest = {cuda::kPoolSide, cuda::kPoolSide, 255, 1, 127, INT32_MAX};
+  const dlkernels::PoolAxis widest = {cuda::kPoolSide, cuda::kPoolSide, 255, 1, 127, INT32_MAX};
   const cuda::Axis a(widest);
   const int last = static_cast<int>(cuda::kPoolSide) - 1;
   wrong += a.last(last) != last || a.first(last) != 0;

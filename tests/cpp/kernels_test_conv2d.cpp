@@ -22,6 +22,14 @@ struct Shape {
   int64_t groups = 1;
 };
 
+// An algorithm, or the direct one for passes that it does not support.
+struct Way {
+  const cpu::Conv2dAlgorithm &algorithm, &direct;
+  const cpu::Conv2dAlgorithm& operator()(const cpu::Conv2d& conv) const {
+    return algorithm.supports(conv) ? algorithm : direct;
+  }
+};
+
 // Everything about one shape in one layout and dtype, indexed by plain numbers.
 template <class T>
 struct Case {
@@ -55,14 +63,14 @@ struct Case {
     return last ? ((o * s.h.taps + kh) * s.w.taps + kw) * c + i
                 : ((o * c + i) * s.h.taps + kh) * s.w.taps + kw;
   }
-  cpu::Images images(const T* data, int64_t C, int64_t H, int64_t W,
-                     const T* relu_y = nullptr) const {
+  cpu::ImageView images(const T* data, int64_t C, int64_t H, int64_t W,
+                        const T* relu_y = nullptr) const {
     const int64_t sc = last ? 1 : H * W, sh = last ? W * C : W, sw = last ? C : 1;
-    return {data, relu_y, C, H, W, C * H * W, sc, sh, sw, nullptr, kDType<T>};
+    return {data, C, H, W, C * H * W, sc, sh, sw, kDType<T>, {relu_y}};
   }
   cpu::Conv2d forward() const {
     const auto axis = [](const Axis& a) {
-      return cpu::ConvAxis{a.out(), a.taps, a.stride, a.pad, a.dilation};
+      return ConvAxis{a.in, a.out(), a.taps, a.stride, a.pad, a.dilation};
     };
     return {.x = images(const_cast<Case*>(this)->x.data(), s.C, H, W),
             .h = axis(s.h),
@@ -70,32 +78,33 @@ struct Case {
             .groups = s.groups,
             .K = s.K};
   }
-  cpu::Conv2d backward(const cpu::Images& grad) const {
+  cpu::Conv2d backward(const cpu::ImageView& grad) const {
     const auto axis = [](const Axis& a) {
-      return cpu::ConvAxis{a.in,       a.taps,  1, a.dilation * (a.taps - 1) - a.pad,
-                           a.dilation, a.stride};
+      return ConvAxis{a.out(),    a.in,    a.taps, 1, a.dilation * (a.taps - 1) - a.pad,
+                      a.dilation, a.stride};
     };
     return {.x = grad, .h = axis(s.h), .w = axis(s.w), .groups = s.groups, .K = s.C};
   }
-  cpu::Filter filter(bool reversed) {
+  cpu::WeightView filter(bool reversed) {
     const int64_t taps = s.h.taps * s.w.taps, tap = last ? c : 1, row = s.w.taps * tap;
     const int64_t input = last ? 1 : taps, group = k * c * taps, output = c * taps;
     if (reversed) return {weight.data() + (taps - 1) * tap, group, input, output, -row, -tap};
     return {weight.data(), group, output, input, row, tap};
   }
-  static void set_output(cpu::Conv2d& v, T* y, const cpu::Images& as) {
-    v.y = y, v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
+  static void set_output(cpu::Conv2d& conv, T* y, const cpu::ImageView& as) {
+    conv.y = y, conv.yn = as.sn, conv.yc = as.sc, conv.yh = as.sh, conv.yw = as.sw;
   }
 
   // A pass in several parts.
-  void run(const cpu::Conv2dKernels& t, const cpu::Conv2d& v, const cpu::Filter& f) {
-    Buffer<float> packed(t.panels(v) * t.panel_floats(v));
-    const int64_t panels = t.panels(v), blocks = s.N * t.blocks(v);
-    together([&] { t.pack(v, f, packed.data(), panels / 2, panels); },
-             [&] { t.pack(v, f, packed.data(), 0, panels / 2); });
+  void run(const Way& way, const cpu::Conv2d& conv, const cpu::WeightView& f) {
+    const cpu::Conv2dAlgorithm& t = way(conv);
+    Buffer<float> packed(t.panels(conv) * t.panel_floats(conv));
+    const int64_t panels = t.panels(conv), blocks = s.N * t.blocks(conv);
+    together([&] { t.pack(conv, f, packed.data(), panels / 2, panels); },
+             [&] { t.pack(conv, f, packed.data(), 0, panels / 2); });
     const auto part = [&](int64_t b, int64_t e, int64_t p, int64_t q) {
-      Buffer<float> scratch(t.scratch(v));
-      t.forward(v, packed.data(), b, e, p, q, scratch.data());
+      Buffer<float> scratch(t.scratch(conv));
+      t.forward(conv, packed.data(), b, e, p, q, scratch.data());
     };
     together([&] { part(blocks / 2, blocks, panels / 2, panels); },
              [&] { part(blocks / 2, blocks, 0, panels / 2); },
@@ -123,12 +132,12 @@ struct Case {
 };
 
 template <class T>
-int forward(const cpu::Conv2dKernels& t, Case<T>& c, bool biased) {  // and through a ReLU
-  cpu::Conv2d v = c.forward();
-  c.set_output(v, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
-  if (biased) v.bias = c.bias.data(), v.relu = true;
+int forward(const Way& way, Case<T>& c, bool biased) {  // and through a ReLU
+  cpu::Conv2d conv = c.forward();
+  c.set_output(conv, c.y.data(), c.images(c.y.data(), c.s.K, c.OH, c.OW));
+  if (biased) conv.on_store.bias = c.bias.data(), conv.on_store.relu = true;
   c.y.fill(T(NAN));
-  c.run(t, v, c.filter(false));
+  c.run(way, conv, c.filter(false));
   int wrong = 0;
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
     double z = biased ? c.bias[o] : 0, size = 1;
@@ -143,17 +152,18 @@ int forward(const cpu::Conv2dKernels& t, Case<T>& c, bool biased) {  // and thro
 // What the pool makes of y, bit for bit, and its gradient as grad_weight and grad_input read it. A
 // narrow y may have ties where the sums had none.
 template <class T>
-int pooled(const cpu::Conv2dKernels& t, Case<T>& c) {
+int pooled(const Way& way, Case<T>& c) {
   const int64_t P = c.s.N * c.s.K * c.PH * c.PW;
   if (P == 0) return 0;
   Buffer<T> y(P), grad(P, 5), expanded(c.y.size());
   Buffer<uint8_t> argmax(P);
-  cpu::Conv2d v = c.forward();
-  v.h.out = 2 * c.PH, v.w.out = 2 * c.PW;
-  c.set_output(v, y.data(), c.images(y.data(), c.s.K, c.PH, c.PW));
-  v.bias = c.bias.data(), v.relu = true, v.argmax = argmax.data();
+  cpu::Conv2d conv = c.forward();
+  conv.h.out = 2 * c.PH, conv.w.out = 2 * c.PW;
+  c.set_output(conv, y.data(), c.images(y.data(), c.s.K, c.PH, c.PW));
+  conv.on_store.bias = c.bias.data(), conv.on_store.relu = true,
+  conv.on_store.argmax = argmax.data();
   y.fill(T(NAN));
-  c.run(t, v, c.filter(false));
+  c.run(way, conv, c.filter(false));
   int wrong = 0;
   expanded.fill(T(0));
   c.each_output(c.PH, c.PW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
@@ -164,33 +174,33 @@ int pooled(const cpu::Conv2dKernels& t, Case<T>& c) {
     };
     for (int64_t e = 0; e < 4; ++e)
       if (c.y[at(e)] > best) best = c.y[at(e)], element = e;
-    if (best <= 0) element = cpu::kNoElement;
+    if (best <= 0) element = kNoElement;
     const int64_t p = c.at(n, o, i, j, c.s.K, c.PH, c.PW);
     wrong += y[p] != best;
     const int64_t got = argmax[((n * c.PH + i) * c.PW + j) * c.s.K + o];
     if (kDType<T> != DType::kFloat32 && (got < 4 ? c.y[at(got)] == best : best == 0)) element = got;
     wrong += got != element;
-    if (element != cpu::kNoElement) expanded[at(element)] = grad[p];
+    if (element != kNoElement) expanded[at(element)] = grad[p];
   });
-  cpu::Images g = c.images(grad.data(), c.s.K, c.PH, c.PW);
-  g.H = c.OH, g.W = c.OW, g.argmax = argmax.data();
+  cpu::ImageView g = c.images(grad.data(), c.s.K, c.PH, c.PW);
+  g.H = c.OH, g.W = c.OW, g.on_load.argmax = argmax.data();
   // The same as from the expanded gradient: element for element in a block, so bit for bit.
-  const cpu::Images e = c.images(expanded.data(), c.s.K, c.OH, c.OW);
+  const cpu::ImageView e = c.images(expanded.data(), c.s.K, c.OH, c.OW);
   Buffer<T> from_pool(c.x.size()), from_expanded(c.x.size());
   for (const auto& [images, to] : {std::pair{g, &from_pool}, {e, &from_expanded}}) {
     cpu::Conv2d b = c.backward(images);
     c.set_output(b, to->data(), c.images(nullptr, c.s.C, c.H, c.W));
-    c.run(t, b, c.filter(true));
+    c.run(way, b, c.filter(true));
   }
   for (int64_t i = 0; i < c.x.size(); ++i) wrong += from_pool[i] != from_expanded[i];
   return wrong;
 }
 
 template <class T>
-int gradients(const cpu::Conv2dKernels& t, Case<T>& c) {
+int gradients(const Way& way, Case<T>& c) {
   int wrong = 0;
   const T* mask = c.y.data();
-  const cpu::Images grad = c.images(c.grad_y.data(), c.s.K, c.OH, c.OW, mask);
+  const cpu::ImageView grad = c.images(c.grad_y.data(), c.s.K, c.OH, c.OW, mask);
   Buffer<T> grad_x(c.x.size()), grad_weight(c.weight.size());
   std::vector<double> gx(c.x.size()), gw(c.weight.size()), gb(c.s.K), terms(c.x.size());
   c.each_output(c.OH, c.OW, [&](int64_t n, int64_t o, int64_t i, int64_t j) {
@@ -201,24 +211,25 @@ int gradients(const cpu::Conv2dKernels& t, Case<T>& c) {
       gx[x] += g * c.weight[w], gw[w] += g * c.x[x], ++terms[x];
     });
   });
-  cpu::Conv2d v = c.backward(grad);
-  c.set_output(v, grad_x.data(), c.images(nullptr, c.s.C, c.H, c.W));
+  cpu::Conv2d conv = c.backward(grad);
+  c.set_output(conv, grad_x.data(), c.images(nullptr, c.s.C, c.H, c.W));
   grad_x.fill(T(NAN));
-  c.run(t, v, c.filter(true));
+  c.run(way, conv, c.filter(true));
   for (int64_t i = 0; i < c.x.size(); ++i)
     wrong += !close(grad_x[i], gx[i], 1e-6 * (terms[i] + 4) + rounding<T>(gx[i]));
 
-  v = c.forward();
-  const int64_t blocks = c.s.N * t.blocks(v), panels = t.panels(v);
-  const int64_t size = t.sum_floats(v);
+  conv = c.forward();
+  const cpu::Conv2dAlgorithm& t = way(conv);
+  const int64_t blocks = c.s.N * t.blocks(conv), panels = t.panels(conv);
+  const int64_t size = t.sum_floats(conv);
   Buffer<float> sums(2 * size), bias_sums(2 * c.s.K);
   Buffer<float> total(size), bias_total(c.s.K);
   const int64_t half = blocks / 2 + 1;
   if (half >= blocks) sums.fill(0), bias_sums.fill(0);  // no part will write the second
   const auto part = [&](int64_t b, int64_t e, int64_t p, int64_t q) {
-    Buffer<float> scratch(t.scratch(v));
+    Buffer<float> scratch(t.scratch(conv));
     if (b < e)
-      t.grad_weight(v, grad, b, e, p, q, sums.data() + (b ? size : 0),
+      t.grad_weight(conv, grad, b, e, p, q, sums.data() + (b ? size : 0),
                     bias_sums.data() + (b ? c.s.K : 0), scratch.data());
   };
   together([&] { part(0, half, panels / 2, panels); }, [&] { part(0, half, 0, panels / 2); },
@@ -227,7 +238,7 @@ int gradients(const cpu::Conv2dKernels& t, Case<T>& c) {
   for (int64_t i = 0; i < size; ++i) total[i] = sums[i] + sums[size + i];
   for (int64_t i = 0; i < c.s.K; ++i) bias_total[i] = bias_sums[i] + bias_sums[c.s.K + i];
   const auto unpack = [&](int64_t p, int64_t q) {
-    t.unpack(v, total.data(), c.filter(false), grad_weight.data(), p, q);
+    t.unpack(conv, total.data(), c.filter(false), grad_weight.data(), p, q);
   };
   together([&] { unpack(panels / 2, panels); }, [&] { unpack(0, panels / 2); });
   const double tolerance = 1e-6 * (c.s.N * c.OH * c.OW + 4);
@@ -237,23 +248,22 @@ int gradients(const cpu::Conv2dKernels& t, Case<T>& c) {
   return wrong;
 }
 
-// All algorithms that are for the shape.
+// All algorithms that support a pass of the shape.
 template <class T>
 int every_way(const cpu::Kernels& t, const Shape& s, bool last) {
-  const std::pair<const char*, const cpu::Conv2dKernels*> ways[] = {{"direct", &t.conv2d},
-                                                                    {"depthwise", &t.depthwise},
-                                                                    {"4x4", &t.winograd_4x4},
-                                                                    {"2x2", &t.winograd_2x2}};
-  const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
+  const std::pair<const char*, const cpu::Conv2dAlgorithm*> algorithms[] = {
+      {"direct", &t.direct},       {"small_k", &t.small_k},  {"scatter", &t.scatter},
+      {"depthwise", &t.depthwise}, {"4x4", &t.winograd_4x4}, {"2x2", &t.winograd_2x2}};
   int wrong = 0;
-  for (const auto& [name, way] : ways) {
-    const bool winograd = way == &t.winograd_4x4 || way == &t.winograd_2x2;
-    if (winograd && !(plain(s.h) && plain(s.w) && s.groups == 1)) continue;
+  for (const auto& [name, algorithm] : algorithms) {
     Case<T> c(s, last);
+    const cpu::ImageView grad = c.images(c.grad_y.data(), s.K, c.OH, c.OW);
+    if (!algorithm->supports(c.forward()) && !algorithm->supports(c.backward(grad))) continue;
+    const Way way = {*algorithm, t.direct};
     int y = 0;
-    if (way == &t.conv2d && s.K <= 8) y += forward(*way, c, false);  // sums alone have a way
-    y += forward(*way, c, true);  // last, for the y that the others take
-    const int g = gradients(*way, c), p = pooled(*way, c);
+    if (algorithm == &t.scatter) y += forward(way, c, false);  // for sums alone
+    y += forward(way, c, true);  // last, for the y that the others take
+    const int g = gradients(way, c), p = pooled(way, c);
     if (y + g + p)
       std::printf("%s dtype %d C=%ld K=%ld H=%ld W=%ld last=%d: %d, gradients %d, pool %d\n", name,
                   int(kDType<T>), long(s.C), long(s.K), long(c.H), long(c.W), last, y, g, p);
@@ -313,7 +323,10 @@ int conv2d_not_finite(const cpu::Kernels& t) {
   int wrong = 0;
   for (const Shape& s : shapes)
     for (int i = 0; i < 24; ++i) {
-      const auto& way = s.groups == 1 || i % 8 < 2 ? t.conv2d : t.depthwise;
+      const auto& wanted = s.groups != 1 && i % 8 >= 2 ? t.depthwise
+                           : i % 4 < 2                 ? t.small_k
+                                                       : t.scatter;
+      const Way way = {wanted, t.direct};
       Case<float> c(s, i % 2);
       Buffer<float>& some = i % 3 == 0 ? c.x : i % 3 == 1 ? c.weight : c.grad_y;
       some[random(0, some.size() - 1)] = i % 5 ? NAN : INFINITY;
@@ -368,5 +381,30 @@ int conv2d(const cpu::Kernels& t) {
   return wrong;
 }
 const Test conv2d_test("conv2d", conv2d);
+
+// Which algorithm is taken for which shape.
+int conv2d_choice(const cpu::Kernels& t) {
+  using enum cpu::Conv2dForce;
+  const auto choose = [&](const Shape& s, bool exact, cpu::Conv2dForce force) {
+    return &cpu::choose_conv2d(t, s.N, Case<float>(s, false).forward(), exact, force);
+  };
+  const Shape large = {8, 64, 64, {56, 3, 1, 1}, {56, 3, 1, 1}},
+              small = {1, 64, 64, {4, 3}, {4, 3}};
+  const Shape strided = {8, 64, 64, {56, 3, 2, 1}, {56, 3, 2, 1}};
+  const Shape depthwise = {2, 64, 64, {14, 3, 1, 1}, {14, 3, 1, 1}, 64};
+  const Shape groups = {2, 64, 64, {14, 3, 1, 1}, {14, 3, 1, 1}, 2};
+  const Shape few = {2, 3, 4, {14, 3, 1, 1}, {14, 3, 1, 1}};
+  const Shape far = {2, 16, 4, {6, 5, 1, 4}, {6, 5, 1, 4}};
+  return (choose(large, false, kAny) != &t.winograd_4x4) +
+         (choose(large, true, kAny) != &t.direct) +
+         (choose(large, true, kWinograd2x2) != &t.winograd_2x2) +
+         (choose(large, false, kDirect) != &t.direct) + (choose(small, false, kAny) != &t.direct) +
+         (choose(strided, false, kWinograd4x4) != &t.direct) +
+         (choose(depthwise, false, kAny) != &t.depthwise) +
+         (choose(depthwise, false, kDirect) != &t.direct) +
+         (choose(groups, false, kAny) != &t.direct) + (choose(few, false, kAny) != &t.small_k) +
+         (choose(far, false, kAny) != &t.scatter);
+}
+const Test conv2d_choice_test("conv2d_choice", conv2d_choice);
 
 }  // namespace

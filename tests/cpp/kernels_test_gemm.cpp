@@ -48,7 +48,7 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
   };
 
   for (const double threads : {0.4, 2.0, 64.0}) {
-    const auto [m, n] = t.gemm_part_size(A, B, M, N, K, out, threads);
+    const auto [m, n] = t.gemm_chunk_size(A, B, M, N, K, out, threads);
     const bool some = m > 0 && n > 0;
     wrong += !some || ((M + m - 1) / m) * ((N + n - 1) / n) > std::fmax(1, 4 * threads);
   }
@@ -59,14 +59,14 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
                if (n < N) run({m, M, n, N});
              });
   };
-  in_parts([&](const cpu::GemmPart& part) {
+  in_parts([&](const cpu::GemmChunk& part) {
     Buffer<float> scratch(t.gemm_scratch);
     t.gemm(A, B, K, out, part, scratch.data());
   });
   check("gemm");
   if (a_t || b_t || masked || sums_wanted) return wrong;
   for (int64_t i = 0; i < M * N; ++i) c[i] = before[i];
-  in_parts([&](const cpu::GemmPart& part) { t.gemm_dot(A, B, K, out, part); });
+  in_parts([&](const cpu::GemmChunk& part) { t.gemm_dot(A, B, K, out, part); });
   check("gemm_dot");
   return wrong;
 }

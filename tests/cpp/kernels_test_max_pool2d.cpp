@@ -88,7 +88,7 @@ static int max_pool2d(const cpu::Kernels& t) {
         const int64_t H = W == 151 ? 121 : W > 8 ? 5 : W;
         const auto axis = [&](int64_t in) {  // one window more than fits, as ceil_mode has it
           const int64_t room = in + v.pad - 1, out = room / v.stride + 1;
-          return cpu::PoolAxis{in, out, v.kernel, v.stride, v.pad, v.dilation};
+          return PoolAxis{in, out, v.kernel, v.stride, v.pad, v.dilation};
         };
         const int bad = pool(t, 2, {C, axis(H), axis(W)});
         if (bad)
@@ -107,7 +107,7 @@ static int max_pool2d_random(const cpu::Kernels& t) {
   int wrong = 0;
   for (int i = 0; i < random_cases; ++i) {
     const auto axis = [&](int64_t most_taps) {
-      cpu::PoolAxis a = {random(1, 40), 1, random(1, most_taps), 1, 0, 1};
+      PoolAxis a = {random(1, 40), 1, random(1, most_taps), 1, 0, 1};
       a.stride = random(0, 4) ? random(1, 5) : int64_t{1} << random(5, 30);
       a.pad = random(0, a.kernel / 2);
       a.dilation = random(0, 2) ? 1 : random(0, 3) ? random(2, 9) : int64_t{1} << random(5, 30);

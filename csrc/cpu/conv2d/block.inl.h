@@ -1,5 +1,5 @@
 // Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
-// zeros. A convolution on blocks knows no layouts, and of borders what cut.inl.h says.
+// zeros. A convolution on blocks knows no layouts, and of borders what blocking.inl.h says.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/gemm/pack.inl.h"
@@ -14,7 +14,7 @@ static void unpool_pixel(const T* g, const uint8_t* argmax, int64_t row, int64_t
                          float* left, float* right) {
   const Vec first = Vec::fill(static_cast<float>(2 * row)), second = first + Vec::fill(1);
   for (int64_t c = 0; c < pitch; c += Vec::kWidth) {
-    const int64_t n = c < C ? least(C - c, Vec::kWidth) : 0, lanes = least(pitch - c, Vec::kWidth);
+    const int64_t n = c < C ? min(C - c, Vec::kWidth) : 0, lanes = min(pitch - c, Vec::kWidth);
     const Vec v = load(g + c, n), element = Vec::load_bytes(argmax + c, n);
     if (left) store(select(element == first, v, Vec::zero()), left + c, lanes);
     if (right) store(select(element == second, v, Vec::zero()), right + c, lanes);
@@ -23,15 +23,15 @@ static void unpool_pixel(const T* g, const uint8_t* argmax, int64_t row, int64_t
 
 // Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a max-pool.
 template <class T>
-static void unpool_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
+static void unpool_row(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
                        int64_t channels, int64_t pitch, float* to) {
   const T* row = static_cast<const T*>(x.data) + n * x.sn + h / 2 * x.sh + c * x.sc;
-  const uint8_t* argmax = x.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
+  const uint8_t* argmax = x.on_load.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
   // Planes: gradients first as they are, each where the left pixel of its window goes, if both go.
   const int64_t whole = w + w % 2, windows = (w + cols - whole) / 2;
   if (x.sc != 1)
-    transpose_copy(Source<T>(row), whole / 2, x.sc, channels, windows, to + (whole - w) * pitch,
-                   2 * pitch);
+    transpose_copy(MaskedInput<T>(row), whole / 2, x.sc, channels, windows,
+                   to + (whole - w) * pitch, 2 * pitch);
   for (int64_t i = (w - w % 2) / 2; 2 * i < w + cols; ++i) {
     float* const left = 2 * i >= w ? to + (2 * i - w) * pitch : nullptr;
     float* const right = 2 * i + 1 < w + cols ? to + (2 * i + 1 - w) * pitch : nullptr;
@@ -53,22 +53,22 @@ constexpr int64_t kAhead = 64;  // elements
 // Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
 // i < channels, zeros beyond.
 template <class T>
-static void load_row_of(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols,
+static void load_row_of(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols,
                         int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
   // Columns [begin, end) of these lie inside the image.
   const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
-  const int64_t W = x.argmax ? x.W / 2 * 2 : x.W, H = x.argmax ? x.H / 2 * 2 : x.H;
+  const int64_t W = x.on_load.argmax ? x.W / 2 * 2 : x.W, H = x.on_load.argmax ? x.H / 2 * 2 : x.H;
   const int64_t inside = w < W ? (W - 1 - w) / step + 1 : 0;
-  const int64_t begin = h < 0 || h >= H ? cols : least(cols, before);
-  const int64_t end = most(begin, least(cols, inside));
+  const int64_t begin = h < 0 || h >= H ? cols : min(cols, before);
+  const int64_t end = max(begin, min(cols, inside));
   store_zeros(to, begin * pitch);
   store_zeros(to + end * pitch, (cols - end) * pitch);
   if (begin == end) return;
-  const Source<T> s(x.data, x.relu_y);
+  const MaskedInput<T> s(x.data, x.on_load.relu_y);
   const int64_t sw = step * x.sw, size = end - begin;
   const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
   to += begin * pitch;
-  if (x.argmax)
+  if (x.on_load.argmax)
     return unpool_row<T>(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
   if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {    // one run
     pack_run(s, from, size * pitch, size * pitch, to);
@@ -89,15 +89,15 @@ static void load_row_of(const Images& x, int64_t n, int64_t h, int64_t w, int64_
         to[j * pitch + i] = i < channels ? s.at(from + i * x.sc + j * sw) : 0.0f;
   }
 }
-static void load_row(const Images& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t step,
-                     int64_t c, int64_t channels, int64_t pitch, float* to) {
+static void load_row(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols,
+                     int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
   with_type(x.dtype,
             [&]<class T>() { load_row_of<T>(x, n, h, w, cols, step, c, channels, pitch, to); });
 }
 
 // Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + ...].
-static void load_block(const Images& x, int64_t n, int64_t h, int64_t rows, int64_t w, int64_t cols,
-                       int64_t c, int64_t channels, int64_t pitch, float* to) {
+static void load_block(const ImageView& x, int64_t n, int64_t h, int64_t rows, int64_t w,
+                       int64_t cols, int64_t c, int64_t channels, int64_t pitch, float* to) {
   for (int64_t i = 0; i < rows; ++i)
     load_row(x, n, h + i, w, cols, 1, c, channels, pitch, to + i * cols * pitch);
 }
@@ -111,13 +111,13 @@ static void pool_rows(const float* row, const float* next, int64_t pitch, int64_
                       int64_t lanes, To* y, int64_t y_step, uint8_t* argmax, int64_t K) {
   for (int64_t i = 0; i < windows; ++i)
     for (int64_t c = 0; c < lanes; c += Vec::kWidth) {
-      const int64_t n = least(lanes - c, Vec::kWidth), at = 2 * i * pitch + c;
+      const int64_t n = min(lanes - c, Vec::kWidth), at = 2 * i * pitch + c;
       const float* const window[] = {row + at, row + at + pitch, next + at, next + at + pitch};
       Vec best = Vec::load(window[0]), element = Vec::zero();
 #pragma GCC unroll 3
       for (int e = 1; e < 4; ++e) {
         const Vec z = Vec::load(window[e]);
-        const auto better = either(z > best, is_nan(z));
+        const auto better = (z > best) | is_nan(z);
         best = select(better, z, best);
         element = select(better, Vec::fill(static_cast<float>(e)), element);
       }
@@ -129,55 +129,57 @@ static void pool_rows(const float* row, const float* next, int64_t pitch, int64_
 
 // Asks for the lines of y that rows [h, h + rows), as in store_row, will go to. Inline, because GCC
 // takes a function that only prefetches for one that does nothing.
-__attribute__((always_inline)) static inline void expect_rows(const Conv2d& v, int64_t n, int64_t h,
-                                                              int64_t rows, int64_t w, int64_t cols,
-                                                              int64_t k, int64_t lanes) {
-  const int64_t pool = v.argmax ? 2 : 1;
-  with_type(v.x.dtype, [&]<class T>() __attribute__((always_inline)) {
-    const T* const y =
-        static_cast<const T*>(v.y) + n * v.yn + h / pool * v.yh + w / pool * v.yw + k * v.yc;
+__attribute__((always_inline)) static inline void prefetch_rows(const Conv2d& conv, int64_t n,
+                                                                int64_t h, int64_t rows, int64_t w,
+                                                                int64_t cols, int64_t k,
+                                                                int64_t lanes) {
+  const int64_t pool = conv.on_store.argmax ? 2 : 1;
+  with_type(conv.x.dtype, [&]<class T>() __attribute__((always_inline)) {
+    const T* const y = static_cast<const T*>(conv.y) + n * conv.yn + h / pool * conv.yh +
+                       w / pool * conv.yw + k * conv.yc;
     for (int64_t c = 0; c < lanes; ++c)
       for (int64_t i = 0; i < rows / pool; ++i)
         for (int64_t j = 0; j < cols / pool; j += 64 / sizeof(T))
-          __builtin_prefetch(y + c * v.yc + i * v.yh + j, 1);
+          __builtin_prefetch(y + c * conv.yc + i * conv.yh + j, 1);
   });
 }
 
 // Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a
 // pixel every `pitch` floats. With argmax it is two rows, the other at `next`, and they are pooled.
 template <class T>
-static void store_row_of(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
-                         int64_t lanes, const float* row, const float* next, int64_t pitch,
-                         float* scratch) {
-  const bool last = v.yc == 1;
-  if (v.argmax) {
+static void store_row_of(const Conv2d& conv, int64_t n, int64_t h, int64_t w, int64_t cols,
+                         int64_t k, int64_t lanes, const float* row, const float* next,
+                         int64_t pitch, float* scratch) {
+  const bool last = conv.yc == 1;
+  if (conv.on_store.argmax) {
     h /= 2, w /= 2, cols /= 2;
   }
-  T* const y = static_cast<T*>(v.y) + n * v.yn + h * v.yh + w * v.yw + k * v.yc;
-  if (v.argmax) {
-    uint8_t* const argmax = v.argmax + ((n * (v.h.out / 2) + h) * (v.w.out / 2) + w) * v.K + k;
-    if (last) return pool_rows(row, next, pitch, cols, lanes, y, v.yw, argmax, v.K);
-    pool_rows(row, next, pitch, cols, lanes, scratch, pitch, argmax, v.K);
+  T* const y = static_cast<T*>(conv.y) + n * conv.yn + h * conv.yh + w * conv.yw + k * conv.yc;
+  if (conv.on_store.argmax) {
+    uint8_t* const argmax =
+        conv.on_store.argmax + ((n * (conv.h.out / 2) + h) * (conv.w.out / 2) + w) * conv.K + k;
+    if (last) return pool_rows(row, next, pitch, cols, lanes, y, conv.yw, argmax, conv.K);
+    pool_rows(row, next, pitch, cols, lanes, scratch, pitch, argmax, conv.K);
     row = scratch;
   } else if (last) {
     for (int64_t j = 0; j < cols; ++j)
       each_vector(0, lanes, [&](int64_t c, int64_t count) {
-        store(Vec::load(row + j * pitch + c), y + j * v.yw + c, count);
+        store(Vec::load(row + j * pitch + c), y + j * conv.yw + c, count);
       });
   }
-  if (!last) transpose_copy(Source<float>(row), 0, pitch, cols, lanes, y, v.yc);
+  if (!last) transpose_copy(MaskedInput<float>(row), 0, pitch, cols, lanes, y, conv.yc);
 }
-static void store_row(const Conv2d& v, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
+static void store_row(const Conv2d& conv, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
                       int64_t lanes, const float* row, const float* next, int64_t pitch,
                       float* scratch) {
-  with_type(v.x.dtype, [&]<class T>() {
-    store_row_of<T>(v, n, h, w, cols, k, lanes, row, next, pitch, scratch);
+  with_type(conv.x.dtype, [&]<class T>() {
+    store_row_of<T>(conv, n, h, w, cols, k, lanes, row, next, pitch, scratch);
   });
 }
 
 // Where tiles may write y as it is: channels last, nothing to be pooled or rounded.
-static bool is_direct(const Conv2d& v) {
-  return v.yc == 1 && !v.argmax && v.x.dtype == DType::kFloat32;
+static bool is_direct(const Conv2d& conv) {
+  return conv.yc == 1 && !conv.on_store.argmax && conv.x.dtype == DType::kFloat32;
 }
 
 }  // namespace

@@ -37,26 +37,27 @@ struct Range {
 struct Span {
   const ConvAxis& axis;
   int64_t o, outputs, runs, run, step;  // `runs` runs of `run` inputs, `step` apart
-  bool apart;
+  bool disjoint;
 
   Span(const ConvAxis& a, int64_t o, int64_t size) : axis(a), o(o), outputs(size) {
-    const int64_t all = ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.up + 1 + (a.up > 1);
-    const int64_t each = a.up > 1 ? (size - 1) / a.up + 2 : size;
-    apart = each * a.taps < all;
-    runs = apart ? a.taps : 1, run = apart ? each : all, step = apart ? a.stride : 1;
+    const int64_t all = ((size - 1) * a.stride + (a.taps - 1) * a.dilation) / a.input_dilation + 1 +
+                        (a.input_dilation > 1);
+    const int64_t each = a.input_dilation > 1 ? (size - 1) / a.input_dilation + 2 : size;
+    disjoint = each * a.taps < all;
+    runs = disjoint ? a.taps : 1, run = disjoint ? each : all, step = disjoint ? a.stride : 1;
   }
   int64_t size() const { return runs * run; }
   int64_t begin(int64_t i) const {  // the first input of run i
-    return floor_div(o * axis.stride - axis.pad + i * axis.dilation, axis.up);
+    return floor_div(o * axis.stride - axis.pad + i * axis.dilation, axis.input_dilation);
   }
   // From an output to the next that has the same taps.
-  int64_t output_step() const { return apart ? 1 : axis.stride; }
+  int64_t output_step() const { return disjoint ? 1 : axis.stride; }
 
   // Those of the outputs of which neither tap `first` nor `last` lies outside of an axis of `size`
   // inputs. No division: it is asked for every tap.
   Range inside(int64_t size, int64_t first, int64_t last) const {
     const int64_t left = axis.pad - first * axis.dilation;
-    const int64_t right = (size - 1) * axis.up + axis.pad - last * axis.dilation;
+    const int64_t right = (size - 1) * axis.input_dilation + axis.pad - last * axis.dilation;
     Range r = {o, o + outputs};
     while (r.begin < r.end && r.begin * axis.stride < left) ++r.begin;
     while (r.begin < r.end && (r.end - 1) * axis.stride > right) --r.end;
@@ -66,24 +67,25 @@ struct Span {
 
   Taps taps(int64_t output) const {
     const int64_t start = output * axis.stride - axis.pad;
-    if (axis.up == 1) {  // all of them, and no division: it is asked for every row
+    if (axis.input_dilation == 1) {  // all of them, and no division: it is asked for every row
       const int64_t d = axis.dilation;
-      if (apart) return {0, 1, axis.taps, output - o, run, start, d};
+      if (disjoint) return {0, 1, axis.taps, output - o, run, start, d};
       return {0, 1, axis.taps, (output - o) * axis.stride, d, start, d};
     }
-    int64_t gcd = axis.up;
+    int64_t gcd = axis.input_dilation;
     for (int64_t rest = axis.dilation; rest;) {
       const int64_t next = gcd % rest;
       gcd = rest, rest = next;
     }
-    Taps t = {0, axis.up / gcd, 0, 0, axis.dilation / gcd, 0, axis.dilation / gcd};
-    const int64_t phases = least(t.step, axis.taps);
-    while (t.first < phases && (start + t.first * axis.dilation) % axis.up != 0) ++t.first;
+    Taps t = {0, axis.input_dilation / gcd, 0, 0, axis.dilation / gcd, 0, axis.dilation / gcd};
+    const int64_t phases = min(t.step, axis.taps);
+    while (t.first < phases && (start + t.first * axis.dilation) % axis.input_dilation != 0)
+      ++t.first;
     if (t.first == phases) return t;
     t.count = ceil_div(axis.taps - t.first, t.step);
-    t.input = (start + t.first * axis.dilation) / axis.up;
-    if (apart) {
-      t.at = t.first * run + ceil_div(output - o, axis.up);
+    t.input = (start + t.first * axis.dilation) / axis.input_dilation;
+    if (disjoint) {
+      t.at = t.first * run + ceil_div(output - o, axis.input_dilation);
       t.at_step = t.step * run;
     } else {
       t.at = t.input - begin(0);
@@ -95,29 +97,30 @@ struct Span {
 // ---- blocks --------------------------------------------------------------------------------
 
 // How an image's outputs are cut into blocks, from the sizes alone.
-struct Cut {
+struct Blocking {
   int64_t rows, cols;      // outputs of a block
   int64_t count_w, count;  // blocks an image
   int64_t x_floats;
   int64_t g_pitch, g_floats;  // of the gradient's block
 
-  explicit Cut(const Conv2d& v) {
+  explicit Blocking(const Conv2d& conv) {
     constexpr int64_t kWide = 1 << 16, kBlock = 1 << 15;  // floats: in L2, and a fraction of it
     const auto floats = [&](int64_t r, int64_t c) {
-      return Span(v.h, 0, r).size() * Span(v.w, 0, c).size() * v.x.C + r * c * v.K;
+      return Span(conv.h, 0, r).size() * Span(conv.w, 0, c).size() * conv.x.C + r * c * conv.K;
     };
-    const int64_t even = v.argmax ? 2 : 1;  // whole windows of the pool
-    cols = v.w.out;
-    while (cols > kDepth || (cols > 2 * kTileRows * v.w.up && floats(1, cols) > kWide))
+    const int64_t even = conv.on_store.argmax ? 2 : 1;  // whole windows of the pool
+    cols = conv.w.out;
+    while (cols > kDepth ||
+           (cols > 2 * kTileRows * conv.w.input_dilation && floats(1, cols) > kWide))
       cols = round_up((cols + 1) / 2, even);
     rows = even;
-    while (rows < v.h.out && floats(rows + even, cols) <= kBlock) rows += even;
-    const int64_t count_h = ceil_div(v.h.out, rows);
-    rows = round_up(ceil_div(v.h.out, count_h), even);
-    count_w = ceil_div(v.w.out, cols);
+    while (rows < conv.h.out && floats(rows + even, cols) <= kBlock) rows += even;
+    const int64_t count_h = ceil_div(conv.h.out, rows);
+    rows = round_up(ceil_div(conv.h.out, count_h), even);
+    count_w = ceil_div(conv.w.out, cols);
     count = count_h * count_w;
-    x_floats = round_up(Span(v.h, 0, rows).size() * Span(v.w, 0, cols).size() * v.x.C);
-    g_pitch = round_up(v.K);
+    x_floats = round_up(Span(conv.h, 0, rows).size() * Span(conv.w, 0, cols).size() * conv.x.C);
+    g_pitch = round_up(conv.K);
     g_floats = rows * cols * g_pitch + kTileCols;
   }
 };
@@ -129,15 +132,15 @@ struct Block {
   Span rows, cols;
   Range inside;
 
-  Block(const Conv2d& v, const Cut& cut, int64_t index)
-      : n(index / cut.count),
-        h(index % cut.count / cut.count_w * cut.rows),
-        h_end(least(h + cut.rows, v.h.out)),
-        w(index % cut.count % cut.count_w * cut.cols),
-        w_end(least(w + cut.cols, v.w.out)),
-        rows(v.h, h, h_end - h),
-        cols(v.w, w, w_end - w),
-        inside(cols.inside(v.x.W)) {}
+  Block(const Conv2d& conv, const Blocking& blocking, int64_t index)
+      : n(index / blocking.count),
+        h(index % blocking.count / blocking.count_w * blocking.rows),
+        h_end(min(h + blocking.rows, conv.h.out)),
+        w(index % blocking.count % blocking.count_w * blocking.cols),
+        w_end(min(w + blocking.cols, conv.w.out)),
+        rows(conv.h, h, h_end - h),
+        cols(conv.w, w, w_end - w),
+        inside(cols.inside(conv.x.W)) {}
 
   bool has_edges() const { return inside.size() < w_end - w; }
 
@@ -150,7 +153,7 @@ struct Block {
   }
 
   // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
-  void load(const Images& images, int64_t c, int64_t channels, float* x) const {
+  void load(const ImageView& images, int64_t c, int64_t channels, float* x) const {
     each_run([&](int64_t h, int64_t w) {
       load_row(images, n, h, w, cols.run, cols.step, c, channels, channels, x);
       x += cols.run * channels;
@@ -158,7 +161,7 @@ struct Block {
   }
 };
 
-// Conv2dKernels::batch of an algorithm that gains nothing from several blocks at once.
+// Conv2dAlgorithm::batch of an algorithm that gains nothing from several blocks at once.
 static int64_t one_block(const Conv2d&) { return 1; }
 
 // ---- what lies outside of the image -----------------------------------------------------------
@@ -176,7 +179,7 @@ static void write_word(float* panel, int64_t floats) {
 #pragma GCC unroll 2
     for (int64_t v = 0; v < kTileVecs; ++v)
       zeros[v] = fma(Vec::load(panel + i + v * Vec::kWidth), Vec::zero(), zeros[v]);
-  panel[floats] = sum(zeros[0] + zeros[1]);
+  panel[floats] = reduce_sum(zeros[0] + zeros[1]);
 }
 static bool is_finite(const float* panel, int64_t floats) { return panel[floats] == 0; }
 
@@ -189,8 +192,8 @@ static void row_with_edges(const Block& b, bool is_finite, const Row& row) {
 }
 
 // The columns of an output's taps, in a row of its own or of many.
-static Taps columns(const Conv2d& v, const Block& b, int64_t w, bool is_single) {
-  return is_single ? b.cols.taps(w).inside(v.x.W) : b.cols.taps(w);
+static Taps columns(const Conv2d& conv, const Block& b, int64_t w, bool is_single) {
+  return is_single ? b.cols.taps(w).inside(conv.x.W) : b.cols.taps(w);
 }
 
 }  // namespace

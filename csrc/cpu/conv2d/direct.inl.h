@@ -5,7 +5,6 @@
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"
 #include "cpu/conv2d/blocking.inl.h"
-#include "cpu/conv2d/small_k.inl.h"
 #include "cpu/gemm/gemm.inl.h"
 #include "cpu/gemm/pack.inl.h"
 #include "cpu/gemm/tile.inl.h"
@@ -13,52 +12,51 @@
 namespace dlkernels::cpu {
 namespace {
 
-static int64_t conv2d_blocks(const Conv2d& v) { return Cut(v).count; }
-static int64_t conv2d_scratch(const Conv2d& v) {
-  const Cut cut(v);
-  const int64_t rows = most((v.argmax ? 3 : 1) * cut.cols * kTileCols, cut.g_floats);
-  const int64_t few = is_scattered(v, cut) ? Scatter(v, cut).floats
-                      : are_planes(v, cut) ? Planes(v, cut).floats
-                                           : 0;
-  return most(cut.x_floats + rows, few);
+constexpr int64_t kFewChannels = 8;
+
+static int64_t direct_blocks(const Conv2d& conv) { return Blocking(conv).count; }
+static int64_t direct_scratch(const Conv2d& conv) {
+  const Blocking blocking(conv);
+  const int64_t rows =
+      max((conv.on_store.argmax ? 3 : 1) * blocking.cols * kTileCols, blocking.g_floats);
+  return blocking.x_floats + rows;
 }
 
 // ---- weights -------------------------------------------------------------------------------
 
 // Panels: (groups, ceil(k / kTileCols), KH, KW, c, kTileCols), zeros beyond k, each with its word.
-static int64_t conv2d_panels(const Conv2d& v) {
-  return v.groups * ceil_div(v.K / v.groups, kTileCols);
+static int64_t direct_panels(const Conv2d& conv) {
+  return conv.groups * ceil_div(conv.K / conv.groups, kTileCols);
 }
-static int64_t conv2d_weights(const Conv2d& v) {
-  return v.h.taps * v.w.taps * (v.x.C / v.groups) * kTileCols;
+static int64_t direct_weights(const Conv2d& conv) {
+  return conv.h.taps * conv.w.taps * (conv.x.C / conv.groups) * kTileCols;
 }
-static int64_t conv2d_panel_floats(const Conv2d& v) { return conv2d_weights(v) + kWord; }
+static int64_t direct_panel_floats(const Conv2d& conv) { return direct_weights(conv) + kWord; }
 
 // What panel `index` is of: channels [k, k + lanes) of group `group`, counted in the group.
 struct Panel {
   int64_t group, k, lanes;
-  Panel(const Conv2d& v, int64_t index) {
-    const int64_t channels = v.K / v.groups, panels = conv2d_panels(v) / v.groups;
+  Panel(const Conv2d& conv, int64_t index) {
+    const int64_t channels = conv.K / conv.groups, panels = direct_panels(conv) / conv.groups;
     group = index / panels;
     k = index % panels * kTileCols;
-    lanes = least(channels - k, kTileCols);
+    lanes = min(channels - k, kTileCols);
   }
 };
 
-static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
-  const int64_t c = v.x.C / v.groups;
-  const Cut cut(v);
-  if (begin < end && is_scattered(v, cut)) return scatter_pack(v, cut, f, to);  // all are one panel
-  with_type(v.x.dtype, [&]<class T>() {
-    const Source<T> s(f.data);
+static void direct_pack(const Conv2d& conv, const WeightView& f, float* to, int64_t begin,
+                        int64_t end) {
+  const int64_t c = conv.x.C / conv.groups;
+  with_type(conv.x.dtype, [&]<class T>() {
+    const MaskedInput<T> s(f.data);
     for (int64_t i = begin; i < end; ++i) {
-      const Panel p(v, i);
-      float* panel = to + i * conv2d_panel_floats(v);
+      const Panel p(conv, i);
+      float* panel = to + i * direct_panel_floats(conv);
       const int64_t from = p.group * f.sg + p.k * f.so;
-      for (int64_t kh = 0; kh < v.h.taps; ++kh)
-        for (int64_t kw = 0; kw < v.w.taps; ++kw, panel += c * kTileCols)
+      for (int64_t kh = 0; kh < conv.h.taps; ++kh)
+        for (int64_t kw = 0; kw < conv.w.taps; ++kw, panel += c * kTileCols)
           pack_panel<kTileCols>(s, from + kh * f.sh + kw * f.sw, f.so, f.si, p.lanes, c, panel);
-      write_word(panel - conv2d_weights(v), conv2d_weights(v));
+      write_word(panel - direct_weights(conv), direct_weights(conv));
     }
   });
 }
@@ -66,28 +64,29 @@ static void conv2d_pack(const Conv2d& v, const Filter& f, float* to, int64_t beg
 // ---- forward, and grad_input, which is one with up = stride ----------------------------------
 
 // Row h of a block, one panel, some columns, to y: a pixel every y_step floats from b.w on.
-static void conv2d_pixels(const Conv2d& v, const Block& b, const float* x, const Panel& p,
+static void direct_pixels(const Conv2d& conv, const Block& b, const float* x, const Panel& p,
                           const float* weight, int64_t h, Range pixels, float* y, int64_t y_step) {
-  const int64_t C = v.x.C, c = C / v.groups, lanes = p.lanes;
-  const Taps th = b.rows.taps(h).inside(v.x.H);
+  const int64_t C = conv.x.C, c = C / conv.groups, lanes = p.lanes;
+  const Taps th = b.rows.taps(h).inside(conv.x.H);
   const int64_t x_row = b.cols.size() * C, x_step = b.cols.output_step() * C;
-  for (int64_t w = pixels.begin; w < least(pixels.begin + v.w.up, pixels.end); ++w) {
-    const Taps tw = columns(v, b, w, pixels.size() == 1);
+  for (int64_t w = pixels.begin; w < min(pixels.begin + conv.w.input_dilation, pixels.end); ++w) {
+    const Taps tw = columns(conv, b, w, pixels.size() == 1);
     const bool joined = c == C && tw.step == 1 && tw.at_step == 1;  // taps along memory
     const int64_t taps_h = tw.count ? th.count : 0, taps_w = joined ? 1 : tw.count;
     const int64_t depth = joined ? tw.count * c : c;
     const float* const first = x + th.at * x_row + tw.at * C + p.group * c;
     const int64_t first_row = th.at_step * x_row, first_col = tw.at_step * C;
-    const float* const panel = weight + (th.first * v.w.taps + tw.first) * c * kTileCols;
-    const int64_t panel_row = th.step * v.w.taps * c * kTileCols;
+    const float* const panel = weight + (th.first * conv.w.taps + tw.first) * c * kTileCols;
+    const int64_t panel_row = th.step * conv.w.taps * c * kTileCols;
     const int64_t panel_col = tw.step * c * kTileCols;
     const GemmOutput out = {
         .c = y + (w - b.w) * y_step,
-        .row = v.w.up * y_step,
-        .col_bias = v.bias ? v.bias + p.group * (v.K / v.groups) + p.k : nullptr,
-        .relu = v.relu};
+        .row = conv.w.input_dilation * y_step,
+        .col_bias = conv.on_store.bias ? conv.on_store.bias + p.group * (conv.K / conv.groups) + p.k
+                                       : nullptr,
+        .relu = conv.on_store.relu};
     // Inline: a short sum is over before as many references are followed (10 % for one channel).
-    each_tile(ceil_div(pixels.end - w, v.w.up), lanes,
+    each_tile(ceil_div(pixels.end - w, conv.w.input_dilation), lanes,
               [&]<int R, int V>(int64_t pixel) __attribute__((always_inline)) {
                 Tile<R, V> tile;
                 for (int64_t i = 0; i < taps_h; ++i)
@@ -99,45 +98,40 @@ static void conv2d_pixels(const Conv2d& v, const Block& b, const float* x, const
   }
 }
 
-static void conv2d_row(const Conv2d& v, const Block& b, const float* x, const Panel& p,
+static void direct_row(const Conv2d& conv, const Block& b, const float* x, const Panel& p,
                        const float* weight, bool finite, int64_t h, float* y, int64_t y_step) {
   row_with_edges(b, finite,
-                 [&](Range pixels) { conv2d_pixels(v, b, x, p, weight, h, pixels, y, y_step); });
+                 [&](Range pixels) { direct_pixels(conv, b, x, p, weight, h, pixels, y, y_step); });
 }
 
-static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t end,
+static void direct(const Conv2d& conv, const float* weight, int64_t begin, int64_t end,
                    int64_t panel_begin, int64_t panel_end, float* scratch) {
-  if (panel_begin == panel_end) return;  // few channels are always all of them
-  const Cut cut(v);
-  const int64_t pool = v.argmax ? 2 : 1;
-  const bool scattered = is_scattered(v, cut), planes = are_planes(v, cut);
-  const bool deep = v.h.taps * v.w.taps * v.x.C >= 4 * v.groups * Vec::kWidth;  // time to prefetch
-  float* const rows = scratch + cut.x_floats;  // channels last, for what is still to be done
+  const Blocking blocking(conv);
+  const int64_t pool = conv.on_store.argmax ? 2 : 1;
+  const bool deep =
+      conv.h.taps * conv.w.taps * conv.x.C >= 4 * conv.groups * Vec::kWidth;  // time to prefetch
+  float* const rows = scratch + blocking.x_floats;  // channels last, for what is still to be done
   for (int64_t i = begin; i < end; ++i) {
-    const Block b(v, cut, i);
+    const Block b(conv, blocking, i);
     const int64_t cols = b.w_end - b.w;
-    if (planes) {
-      (scattered ? conv2d_scatter : conv2d_planes)(v, cut, b, weight, scratch);
-      continue;
-    }
-    b.load(v.x, 0, v.x.C, scratch);
+    b.load(conv.x, 0, conv.x.C, scratch);
     float* const pooled = rows + 2 * cols * kTileCols;
     for (int64_t j = panel_begin; j < panel_end; ++j) {
-      const Panel p(v, j);
-      const int64_t k = p.group * (v.K / v.groups) + p.k;
-      const float* panel = weight + j * conv2d_panel_floats(v);
-      const bool finite = is_finite(panel, conv2d_weights(v));
+      const Panel p(conv, j);
+      const int64_t k = p.group * (conv.K / conv.groups) + p.k;
+      const float* panel = weight + j * direct_panel_floats(conv);
+      const bool finite = is_finite(panel, direct_weights(conv));
       for (int64_t h = b.h; h < b.h_end; h += pool) {
-        if (is_direct(v)) {
-          float* y = static_cast<float*>(v.y) + b.n * v.yn + h * v.yh + b.w * v.yw + k;
-          conv2d_row(v, b, scratch, p, panel, finite, h, y, v.yw);
+        if (is_direct(conv)) {
+          float* y = static_cast<float*>(conv.y) + b.n * conv.yn + h * conv.yh + b.w * conv.yw + k;
+          direct_row(conv, b, scratch, p, panel, finite, h, y, conv.yw);
           continue;
         }
-        if (v.yc != 1 && deep) expect_rows(v, b.n, h, pool, b.w, cols, k, p.lanes);
+        if (conv.yc != 1 && deep) prefetch_rows(conv, b.n, h, pool, b.w, cols, k, p.lanes);
         for (int64_t r = 0; r < pool; ++r)
-          conv2d_row(v, b, scratch, p, panel, finite, h + r, rows + r * cols * kTileCols,
+          direct_row(conv, b, scratch, p, panel, finite, h + r, rows + r * cols * kTileCols,
                      kTileCols);
-        store_row(v, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
+        store_row(conv, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
                   pooled);
       }
     }
@@ -147,24 +141,25 @@ static void conv2d(const Conv2d& v, const float* weight, int64_t begin, int64_t 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
 
 // sums (groups, KH, KW, c, k): of x's windows times the gradient g, over blocks [begin, end).
-static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
-                               int64_t panel_begin, int64_t panel_end, float* sums,
+static void direct_grad_weight(const Conv2d& conv, const ImageView& grad_y, int64_t begin,
+                               int64_t end, int64_t panel_begin, int64_t panel_end, float* sums,
                                float* bias_sums, float* scratch) {
-  const Cut cut(v);
-  const int64_t C = v.x.C, c = C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
-  float* const g_block = scratch + cut.x_floats;
+  const Blocking blocking(conv);
+  const int64_t C = conv.x.C, c = C / conv.groups, k = conv.K / conv.groups,
+                taps = conv.h.taps * conv.w.taps;
+  float* const g_block = scratch + blocking.x_floats;
   for (int64_t i = begin; i < end; ++i) {
-    const Block b(v, cut, i);
-    b.load(v.x, 0, C, scratch);
+    const Block b(conv, blocking, i);
+    b.load(conv.x, 0, C, scratch);
     const int64_t rows = b.h_end - b.h, cols = b.w_end - b.w, x_row = b.cols.size() * C;
     const int64_t x_step = b.cols.output_step() * C, out_row = b.rows.output_step() * x_row;
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
     // Taps along memory, where a tap alone has few channels for a tile's rows.
-    const bool joined = v.groups == 1 && tw.at_step == 1 && c < kFewChannels;
-    load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, v.K, cut.g_pitch, g_block);
+    const bool joined = conv.groups == 1 && tw.at_step == 1 && c < kFewChannels;
+    load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, conv.K, blocking.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
-      const Panel p(v, q);
-      const int64_t lanes = p.lanes, g_pitch = cut.g_pitch;
+      const Panel p(conv, q);
+      const int64_t lanes = p.lanes, g_pitch = blocking.g_pitch;
       const float* const g = g_block + p.group * k + p.k;
       if (bias_sums) {
         each_vector(0, lanes, [&](int64_t lane, int64_t n) {
@@ -172,7 +167,7 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
           Vec total = i > begin ? load(to, n) : Vec::zero();
           for (int64_t w = 0; w < rows * cols;) {  // sums of 16 first, for their error
             Vec sum = Vec::zero();
-            for (const int64_t some = least(rows * cols, w + 16); w < some; ++w)
+            for (const int64_t some = min(rows * cols, w + 16); w < some; ++w)
               sum = sum + Vec::load(g + w * g_pitch + lane);
             total = total + sum;
           }
@@ -180,22 +175,22 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
         });
       }
       if (!sums) continue;
-      for (int64_t kh = 0; kh < v.h.taps; ++kh) {
-        const Range inside = b.rows.inside(v.x.H, kh, kh);
+      for (int64_t kh = 0; kh < conv.h.taps; ++kh) {
+        const Range inside = b.rows.inside(conv.x.H, kh, kh);
         const int64_t top = inside.begin - b.h, bottom = inside.end - b.h;
-        for (int64_t kw = 0; kw < (joined ? 1 : v.w.taps); ++kw) {
+        for (int64_t kw = 0; kw < (joined ? 1 : conv.w.taps); ++kw) {
           // Taps that are joined have their columns in common, also those beside the image.
-          const auto range = [&](int64_t kw) { return b.cols.inside(v.x.W, kw, kw); };
+          const auto range = [&](int64_t kw) { return b.cols.inside(conv.x.W, kw, kw); };
           const Range w = joined ? Range{b.w, b.w_end} : range(kw);
           const float* const first =
               scratch + kh * th.at_step * x_row + kw * tw.at_step * C + p.group * c;
-          const GemmOutput out = {.c = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k,
-                                  .row = k};
-          const int64_t step = most(kDepth / cols, 1);  // sums of sums, for their error
-          each_tile(joined ? v.w.taps * c : c, lanes, [=]<int R, int V>(int64_t j) {
+          const GemmOutput out = {
+              .c = sums + (p.group * taps + kh * conv.w.taps + kw) * c * k + p.k, .row = k};
+          const int64_t step = max(kDepth / cols, 1);  // sums of sums, for their error
+          each_tile(joined ? conv.w.taps * c : c, lanes, [=]<int R, int V>(int64_t j) {
             for (int64_t h = 0; h < rows; h += step) {
               const auto add = [&](auto& tile, int64_t j, Range w) __attribute__((always_inline)) {
-                for (int64_t r = most(top, h); r < least(bottom, h + step); ++r)
+                for (int64_t r = max(top, h); r < min(bottom, h + step); ++r)
                   tile.add_columns(first + r * out_row + (w.begin - b.w) * x_step + j, x_step,
                                    g + (r * cols + w.begin - b.w) * g_pitch, g_pitch, w.size());
               };
@@ -219,37 +214,39 @@ static void conv2d_grad_weight(const Conv2d& v, const Images& grad_y, int64_t be
   }
 }
 
-static int64_t conv2d_sum_floats(const Conv2d& v) {
-  return v.h.taps * v.w.taps * (v.x.C / v.groups) * v.K;
+static int64_t direct_sum_floats(const Conv2d& conv) {
+  return conv.h.taps * conv.w.taps * (conv.x.C / conv.groups) * conv.K;
 }
 
 // to[k, c, kh, kw] = sums as above, summed already, of panels [begin, end).
-static void conv2d_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
+static void direct_unpack(const Conv2d& conv, const float* sums, const WeightView& f, void* to,
                           int64_t begin, int64_t end) {
-  const int64_t c = v.x.C / v.groups, k = v.K / v.groups, taps = v.h.taps * v.w.taps;
-  with_type(v.x.dtype, [&]<class T>() {
+  const int64_t c = conv.x.C / conv.groups, k = conv.K / conv.groups,
+                taps = conv.h.taps * conv.w.taps;
+  with_type(conv.x.dtype, [&]<class T>() {
     for (int64_t q = begin; q < end; ++q) {
-      const Panel p(v, q);
+      const Panel p(conv, q);
       T* const weight = static_cast<T*>(to) + p.group * f.sg + p.k * f.so;
-      for (int64_t kh = 0; kh < v.h.taps; ++kh)
-        for (int64_t kw = 0; kw < v.w.taps; ++kw) {
-          const float* from = sums + (p.group * taps + kh * v.w.taps + kw) * c * k + p.k;
+      for (int64_t kh = 0; kh < conv.h.taps; ++kh)
+        for (int64_t kw = 0; kw < conv.w.taps; ++kw) {
+          const float* from = sums + (p.group * taps + kh * conv.w.taps + kw) * c * k + p.k;
           unpack_panel(from, k, p.lanes, c, weight + kh * f.sh + kw * f.sw, f.so, f.si);
         }
     }
   });
 }
 
-constexpr Conv2dKernels kConv2d = {.blocks = conv2d_blocks,
-                                   .batch = one_block,
-                                   .scratch = conv2d_scratch,
-                                   .panels = conv2d_panels,
-                                   .panel_floats = conv2d_panel_floats,
-                                   .sum_floats = conv2d_sum_floats,
-                                   .pack = conv2d_pack,
-                                   .forward = conv2d,
-                                   .grad_weight = conv2d_grad_weight,
-                                   .unpack = conv2d_unpack};
+constexpr Conv2dAlgorithm kDirect = {.supports = [](const Conv2d&) { return true; },
+                                     .blocks = direct_blocks,
+                                     .batch = one_block,
+                                     .scratch = direct_scratch,
+                                     .panels = direct_panels,
+                                     .panel_floats = direct_panel_floats,
+                                     .sum_floats = direct_sum_floats,
+                                     .pack = direct_pack,
+                                     .forward = direct,
+                                     .grad_weight = direct_grad_weight,
+                                     .unpack = direct_unpack};
 
 }  // namespace
 }  // namespace dlkernels::cpu

@@ -123,18 +123,18 @@ struct WinogradCut {
   int64_t pitch, plane;          // of inputs, by tiles and by points
   int64_t in_floats, load_floats;
 
-  explicit WinogradCut(const Conv2d& v) {
+  explicit WinogradCut(const Conv2d& conv) {
     constexpr int64_t kCols = 16;
-    tile_rows = ceil_div(v.h.out, M), tile_cols = ceil_div(v.w.out, M);
+    tile_rows = ceil_div(conv.h.out, M), tile_cols = ceil_div(conv.w.out, M);
     count_w = ceil_div(tile_cols, kCols);
     cols = ceil_div(tile_cols, count_w);
-    rows = least(tile_rows, most(1, kTiles / cols));
+    rows = min(tile_rows, max(1, kTiles / cols));
     const int64_t count_h = ceil_div(tile_rows, rows);
     rows = ceil_div(tile_rows, count_h);
     count = count_h * count_w;
-    batch = most(1, kTiles / (rows * cols));
+    batch = max(1, kTiles / (rows * cols));
     tiles = batch * rows * cols;
-    pitch = pitch_of(v.x.C);
+    pitch = pitch_of(conv.x.C);
     plane = plane_of(tiles, pitch);
     in_floats = kPoints * plane;
     load_floats = (M * cols + 2) * (M + 2) * kLoadChannels + kLoadFloats;
@@ -149,42 +149,51 @@ struct WinogradCut {
   }
 };
 
+static bool winograd_supports(const Conv2d& conv) {
+  const auto is_plain_3 = [](const ConvAxis& a) {
+    return a.taps == 3 && a.stride == 1 && a.dilation == 1 && a.input_dilation == 1;
+  };
+  return conv.groups == 1 && is_plain_3(conv.h) && is_plain_3(conv.w);
+}
+
 template <int M>
-static int64_t winograd_blocks(const Conv2d& v) {
-  return WinogradCut<M>(v).count;
+static int64_t winograd_blocks(const Conv2d& conv) {
+  return WinogradCut<M>(conv).count;
 }
 template <int M>
-static int64_t winograd_batch(const Conv2d& v) {
-  return WinogradCut<M>(v).batch;
+static int64_t winograd_batch(const Conv2d& conv) {
+  return WinogradCut<M>(conv).batch;
 }
 
 // One block: rows x cols tiles of image n.
 struct TileBlock {
   int64_t n, row, rows, col, cols;
 
-  template <class Cut>
-  TileBlock(const Cut& cut, int64_t index) {
-    n = index / cut.count;
-    row = index % cut.count / cut.count_w * cut.rows;
-    col = index % cut.count % cut.count_w * cut.cols;
-    rows = least(cut.rows, cut.tile_rows - row), cols = least(cut.cols, cut.tile_cols - col);
+  template <class Blocking>
+  TileBlock(const Blocking& blocking, int64_t index) {
+    n = index / blocking.count;
+    row = index % blocking.count / blocking.count_w * blocking.rows;
+    col = index % blocking.count % blocking.count_w * blocking.cols;
+    rows = min(blocking.rows, blocking.tile_rows - row),
+    cols = min(blocking.cols, blocking.tile_cols - col);
   }
   int64_t tiles() const { return rows * cols; }
 };
 
 // Channels [c, c_end) of a block's tiles, transformed by m, to `to`: element (point, tile, c).
 template <const auto& m, int M>
-static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int64_t left, int64_t c,
-                          int64_t c_end, float* to, int64_t pitch, int64_t plane, float* scratch) {
+static void winograd_load(const ImageView& x, const TileBlock& b, int64_t top, int64_t left,
+                          int64_t c, int64_t c_end, float* to, int64_t pitch, int64_t plane,
+                          float* scratch) {
   constexpr int kFrom = sizeof m.at[0] / sizeof(float), kTo = sizeof m.at / sizeof m.at[0];
   // In the order of memory: many channels of a few rows, or the other way round.
-  const int64_t channels = x.sc == 1 ? least(most(c_end - c, 1), kLoadChannels) : Vec::kWidth;
+  const int64_t channels = x.sc == 1 ? min(max(c_end - c, 1), kLoadChannels) : Vec::kWidth;
   const int64_t cols = M * (b.cols - 1) + kFrom;
-  const int64_t rows = most(1, (kLoadFloats / (cols * channels) - kFrom + M) / M);
+  const int64_t rows = max(1, (kLoadFloats / (cols * channels) - kFrom + M) / M);
   for (int64_t row = 0; row < b.rows; row += rows)
     for (int64_t k = c; k < c_end; k += channels) {
-      const int64_t row_end = least(row + rows, b.rows);
-      const int64_t count = least(c_end - k, channels);
+      const int64_t row_end = min(row + rows, b.rows);
+      const int64_t count = min(c_end - k, channels);
       const int64_t part_pitch = round_up(count);
       load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
                  cols, k, count, part_pitch, scratch);
@@ -204,31 +213,31 @@ static void winograd_load(const Images& x, const TileBlock& b, int64_t top, int6
 
 // Panels (ceil(K / kTileCols), point, C, kTileCols), zeros beyond K; so are the sums of
 // grad_weight.
-static int64_t winograd_panels(const Conv2d& v) { return ceil_div(v.K, kTileCols); }
+static int64_t winograd_panels(const Conv2d& conv) { return ceil_div(conv.K, kTileCols); }
 template <int M>
-static int64_t winograd_panel_floats(const Conv2d& v) {
-  return WinogradCut<M>::kPoints * v.x.C * kTileCols;
+static int64_t winograd_panel_floats(const Conv2d& conv) {
+  return WinogradCut<M>::kPoints * conv.x.C * kTileCols;
 }
 
 template <int M>
-static int64_t winograd_sum_floats(const Conv2d& v) {
-  return winograd_panels(v) * winograd_panel_floats<M>(v);
+static int64_t winograd_sum_floats(const Conv2d& conv) {
+  return winograd_panels(conv) * winograd_panel_floats<M>(conv);
 }
 
 // Inputs whose weights are turned on their side at a time.
 constexpr int64_t kFilterInputs = 16;
 
 template <int M, class T>
-static void winograd_pack_of(const Conv2d& v, const Filter& f, float* to, int64_t begin,
+static void winograd_pack_of(const Conv2d& conv, const WeightView& f, float* to, int64_t begin,
                              int64_t end) {
-  const Source<T> s(f.data);
+  const MaskedInput<T> s(f.data);
   constexpr int64_t kPoints = WinogradCut<M>::kPoints;
-  const int64_t C = v.x.C;
+  const int64_t C = conv.x.C;
   float taps[kFilterInputs * 9 * kTileCols];
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
+    const int64_t lanes = min(conv.K - p * kTileCols, kTileCols);
     for (int64_t c = 0; c < C; c += kFilterInputs) {
-      const int64_t inputs = least(C - c, kFilterInputs);
+      const int64_t inputs = min(C - c, kFilterInputs);
       const int64_t from = p * kTileCols * f.so + c * f.si;
       const bool turned = f.sw == -1 && f.sh == -3;  // taps along memory, last to first
       const bool along = turned || (f.sw == 1 && f.sh == 3);
@@ -254,20 +263,22 @@ static void winograd_pack_of(const Conv2d& v, const Filter& f, float* to, int64_
   }
 }
 template <int M>
-static void winograd_pack(const Conv2d& v, const Filter& f, float* to, int64_t begin, int64_t end) {
-  with_type(v.x.dtype, [&]<class T>() { winograd_pack_of<M, T>(v, f, to, begin, end); });
+static void winograd_pack(const Conv2d& conv, const WeightView& f, float* to, int64_t begin,
+                          int64_t end) {
+  with_type(conv.x.dtype, [&]<class T>() { winograd_pack_of<M, T>(conv, f, to, begin, end); });
 }
 
 // ---- forward, and grad_input, which is one with turned weights -------------------------------
 
 template <int M>
-static int64_t winograd_scratch(const Conv2d& v) {
-  using Cut = WinogradCut<M>;
-  const Cut cut(v);
-  const int64_t forward = Cut::kPoints * Cut::plane_of(cut.tiles, kTileCols);
+static int64_t winograd_scratch(const Conv2d& conv) {
+  using Blocking = WinogradCut<M>;
+  const Blocking blocking(conv);
+  const int64_t forward = Blocking::kPoints * Blocking::plane_of(blocking.tiles, kTileCols);
   const int64_t backward =
-      Cut::kPoints * Cut::plane_of(cut.tiles, Cut::pitch_of(winograd_panels(v) * kTileCols));
-  return cut.in_floats + cut.load_floats + most(forward, backward);
+      Blocking::kPoints *
+      Blocking::plane_of(blocking.tiles, Blocking::pitch_of(winograd_panels(conv) * kTileCols));
+  return blocking.in_floats + blocking.load_floats + max(forward, backward);
 }
 
 // to[t, k] = sum_c a[t, c] * u[c, k], for `cols` of a panel's k.
@@ -282,63 +293,68 @@ static void winograd_product(int64_t tiles, int64_t cols, const float* a, int64_
 
 // Channels [k, k + lanes) of a block's outputs, from their points: element (point, tile, k).
 template <int M>
-static void winograd_store(const Conv2d& v, const TileBlock& b, int64_t k, int64_t lanes,
+static void winograd_store(const Conv2d& conv, const TileBlock& b, int64_t k, int64_t lanes,
                            const float* from, int64_t plane, float* scratch) {
-  const Vec bias = v.bias ? load(v.bias + k, lanes) : Vec::zero();
-  const int64_t pool = v.argmax ? 2 : 1, width = least(v.w.out - M * b.col, M * b.cols);
+  const Vec bias = conv.on_store.bias ? load(conv.on_store.bias + k, lanes) : Vec::zero();
+  const int64_t pool = conv.on_store.argmax ? 2 : 1,
+                width = min(conv.w.out - M * b.col, M * b.cols);
   float* const pooled = scratch + M * M * b.cols * Vec::kWidth;
   for (int64_t i = 0; i < b.rows; ++i) {
-    const int64_t h0 = M * (b.row + i), rows = least(v.h.out - h0, M);
-    const bool whole = is_direct(v) && lanes == Vec::kWidth && rows == M && width == M * b.cols;
+    const int64_t h0 = M * (b.row + i), rows = min(conv.h.out - h0, M);
+    const bool whole = is_direct(conv) && lanes == Vec::kWidth && rows == M && width == M * b.cols;
     float* const to =
-        whole ? static_cast<float*>(v.y) + b.n * v.yn + h0 * v.yh + M * b.col * v.yw + k : scratch;
-    if (v.yc != 1) expect_rows(v, b.n, h0, rows, M * b.col, width, k, lanes);
-    const int64_t row = whole ? v.yh : M * b.cols * Vec::kWidth, col = whole ? v.yw : Vec::kWidth;
+        whole ? static_cast<float*>(conv.y) + b.n * conv.yn + h0 * conv.yh + M * b.col * conv.yw + k
+              : scratch;
+    if (conv.yc != 1) prefetch_rows(conv, b.n, h0, rows, M * b.col, width, k, lanes);
+    const int64_t row = whole ? conv.yh : M * b.cols * Vec::kWidth,
+                  col = whole ? conv.yw : Vec::kWidth;
     for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
       transform<Winograd<M>::kOut>(
           [&](int h, int w) { return Vec::load(from + (h * (M + 2) + w) * plane); },
           [&](int h, int w, Vec z) {
             z = z + bias;
-            if (v.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
+            if (conv.on_store.relu) z = max(Vec::zero(), z);  // this order keeps NaN and -0.0
             z.store(to + h * row + (M * j + w) * col);
           });
     if (whole) continue;
     for (int64_t h = 0; h < rows; h += pool)
-      store_row(v, b.n, h0 + h, M * b.col, width, k, lanes, to + h * row, to + (h + 1) * row, col,
-                pooled);
+      store_row(conv, b.n, h0 + h, M * b.col, width, k, lanes, to + h * row, to + (h + 1) * row,
+                col, pooled);
   }
 }
 
 template <int M>
-static void winograd(const Conv2d& v, const float* packed, int64_t begin, int64_t end,
+static void winograd(const Conv2d& conv, const float* packed, int64_t begin, int64_t end,
                      int64_t panel_begin, int64_t panel_end, float* scratch) {
-  using Cut = WinogradCut<M>;
-  const Cut cut(v);
-  const int64_t C = v.x.C, plane = Cut::plane_of(cut.tiles, kTileCols);
+  using Blocking = WinogradCut<M>;
+  const Blocking blocking(conv);
+  const int64_t C = conv.x.C, plane = Blocking::plane_of(blocking.tiles, kTileCols);
   float* const in = scratch;
-  float* const row = in + cut.in_floats;
-  float* const out = row + cut.load_floats;
-  for (int64_t first = begin; first < end; first += cut.batch) {
-    const int64_t last = least(end, first + cut.batch);
+  float* const row = in + blocking.in_floats;
+  float* const out = row + blocking.load_floats;
+  for (int64_t first = begin; first < end; first += blocking.batch) {
+    const int64_t last = min(end, first + blocking.batch);
     int64_t tiles = 0;
     for (int64_t i = first; i < last; ++i) {
-      const TileBlock b(cut, i);
-      winograd_load<Winograd<M>::kIn, M>(v.x, b, v.h.pad, v.w.pad, 0, C, in + tiles * cut.pitch,
-                                         cut.pitch, cut.plane, row);
+      const TileBlock b(blocking, i);
+      winograd_load<Winograd<M>::kIn, M>(conv.x, b, conv.h.pad, conv.w.pad, 0, C,
+                                         in + tiles * blocking.pitch, blocking.pitch,
+                                         blocking.plane, row);
       tiles += b.tiles();
     }
     for (int64_t p = panel_begin; p < panel_end; ++p) {
-      const int64_t k_begin = p * kTileCols, k_end = least(v.K, k_begin + kTileCols);
-      for (int64_t q = 0; q < Cut::kPoints; ++q) {
-        const float* const u = packed + (p * Cut::kPoints + q) * C * kTileCols;
-        winograd_product(tiles, k_end - k_begin, in + q * cut.plane, cut.pitch, u, C,
+      const int64_t k_begin = p * kTileCols, k_end = min(conv.K, k_begin + kTileCols);
+      for (int64_t q = 0; q < Blocking::kPoints; ++q) {
+        const float* const u = packed + (p * Blocking::kPoints + q) * C * kTileCols;
+        winograd_product(tiles, k_end - k_begin, in + q * blocking.plane, blocking.pitch, u, C,
                          out + q * plane);
       }
       const float* from = out;
       for (int64_t i = first; i < last; ++i) {
-        const TileBlock b(cut, i);
+        const TileBlock b(blocking, i);
         for (int64_t k = k_begin; k < k_end; k += Vec::kWidth)
-          winograd_store<M>(v, b, k, least(k_end - k, Vec::kWidth), from + k - k_begin, plane, row);
+          winograd_store<M>(conv, b, k, min(k_end - k, Vec::kWidth), from + k - k_begin, plane,
+                            row);
         from += b.tiles() * kTileCols;
       }
     }
@@ -358,25 +374,26 @@ static void winograd_sum(int64_t channels, int64_t cols, const float* a, int64_t
 }
 
 template <int M>
-static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t begin, int64_t end,
-                                 int64_t panel_begin, int64_t panel_end, float* sums,
+static void winograd_grad_weight(const Conv2d& conv, const ImageView& grad_y, int64_t begin,
+                                 int64_t end, int64_t panel_begin, int64_t panel_end, float* sums,
                                  float* bias_sums, float* scratch) {
-  using Cut = WinogradCut<M>;
-  const Cut cut(v);
-  const int64_t C = v.x.C, k_begin = panel_begin * kTileCols;
-  const int64_t k_end = least(v.K, panel_end * kTileCols);
-  const int64_t g_pitch = Cut::pitch_of((panel_end - panel_begin) * kTileCols);
-  const int64_t g_plane = Cut::plane_of(cut.tiles, g_pitch);
+  using Blocking = WinogradCut<M>;
+  const Blocking blocking(conv);
+  const int64_t C = conv.x.C, k_begin = panel_begin * kTileCols;
+  const int64_t k_end = min(conv.K, panel_end * kTileCols);
+  const int64_t g_pitch = Blocking::pitch_of((panel_end - panel_begin) * kTileCols);
+  const int64_t g_plane = Blocking::plane_of(blocking.tiles, g_pitch);
   float* const in = scratch;
-  float* const row = in + cut.in_floats;
-  float* const g = row + cut.load_floats;
-  for (int64_t first = begin; first < end; first += cut.batch) {
-    const int64_t last = least(end, first + cut.batch);
+  float* const row = in + blocking.in_floats;
+  float* const g = row + blocking.load_floats;
+  for (int64_t first = begin; first < end; first += blocking.batch) {
+    const int64_t last = min(end, first + blocking.batch);
     int64_t tiles = 0;
     for (int64_t i = first; i < last; ++i) {
-      const TileBlock b(cut, i);
-      winograd_load<Winograd<M>::kIn, M>(v.x, b, v.h.pad, v.w.pad, 0, C, in + tiles * cut.pitch,
-                                         cut.pitch, cut.plane, row);
+      const TileBlock b(blocking, i);
+      winograd_load<Winograd<M>::kIn, M>(conv.x, b, conv.h.pad, conv.w.pad, 0, C,
+                                         in + tiles * blocking.pitch, blocking.pitch,
+                                         blocking.plane, row);
       winograd_load<Winograd<M>::kOutT, M>(grad_y, b, 0, 0, k_begin, k_end, g + tiles * g_pitch,
                                            g_pitch, g_plane, row);
       tiles += b.tiles();
@@ -389,26 +406,26 @@ static void winograd_grad_weight(const Conv2d& v, const Images& grad_y, int64_t 
         store(first > begin ? sum + load(bias_sums + k, n) : sum, bias_sums + k, n);
       });
     }
-    for (int64_t q = 0; q < Cut::kPoints && sums; ++q)
+    for (int64_t q = 0; q < Blocking::kPoints && sums; ++q)
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        winograd_sum(C, v.K - p * kTileCols, in + q * cut.plane, cut.pitch,
+        winograd_sum(C, conv.K - p * kTileCols, in + q * blocking.plane, blocking.pitch,
                      g + q * g_plane + (p - panel_begin) * kTileCols, g_pitch, tiles,
-                     sums + (p * Cut::kPoints + q) * C * kTileCols, first > begin);
+                     sums + (p * Blocking::kPoints + q) * C * kTileCols, first > begin);
       }
   }
 }
 
 // The gradient of panels [begin, end) from their sums, in the strides of a filter.
 template <int M, class T>
-static void winograd_unpack_of(const Conv2d& v, const float* sums, const Filter& f, T* to,
+static void winograd_unpack_of(const Conv2d& conv, const float* sums, const WeightView& f, T* to,
                                int64_t begin, int64_t end) {
   constexpr int64_t kPoints = WinogradCut<M>::kPoints;
-  const int64_t C = v.x.C;
+  const int64_t C = conv.x.C;
   float taps[kFilterInputs * 9 * kTileCols];
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t lanes = least(v.K - p * kTileCols, kTileCols);
+    const int64_t lanes = min(conv.K - p * kTileCols, kTileCols);
     for (int64_t c = 0; c < C; c += kFilterInputs) {
-      const int64_t inputs = least(C - c, kFilterInputs);
+      const int64_t inputs = min(C - c, kFilterInputs);
       for (int64_t i = 0; i < inputs; ++i)
         for (int64_t o = 0; o < lanes; o += Vec::kWidth) {
           const float* s = sums + (p * kPoints * C + c + i) * kTileCols + o;
@@ -429,23 +446,25 @@ static void winograd_unpack_of(const Conv2d& v, const float* sums, const Filter&
 }
 
 template <int M>
-static void winograd_unpack(const Conv2d& v, const float* sums, const Filter& f, void* to,
+static void winograd_unpack(const Conv2d& conv, const float* sums, const WeightView& f, void* to,
                             int64_t begin, int64_t end) {
-  with_type(v.x.dtype,
-            [&]<class T>() { winograd_unpack_of<M>(v, sums, f, static_cast<T*>(to), begin, end); });
+  with_type(conv.x.dtype, [&]<class T>() {
+    winograd_unpack_of<M>(conv, sums, f, static_cast<T*>(to), begin, end);
+  });
 }
 
 template <int M>
-constexpr Conv2dKernels kWinograd = {.blocks = winograd_blocks<M>,
-                                     .batch = winograd_batch<M>,
-                                     .scratch = winograd_scratch<M>,
-                                     .panels = winograd_panels,
-                                     .panel_floats = winograd_panel_floats<M>,
-                                     .sum_floats = winograd_sum_floats<M>,
-                                     .pack = winograd_pack<M>,
-                                     .forward = winograd<M>,
-                                     .grad_weight = winograd_grad_weight<M>,
-                                     .unpack = winograd_unpack<M>};
+constexpr Conv2dAlgorithm kWinograd = {.supports = winograd_supports,
+                                       .blocks = winograd_blocks<M>,
+                                       .batch = winograd_batch<M>,
+                                       .scratch = winograd_scratch<M>,
+                                       .panels = winograd_panels,
+                                       .panel_floats = winograd_panel_floats<M>,
+                                       .sum_floats = winograd_sum_floats<M>,
+                                       .pack = winograd_pack<M>,
+                                       .forward = winograd<M>,
+                                       .grad_weight = winograd_grad_weight<M>,
+                                       .unpack = winograd_unpack<M>};
 
 }  // namespace
 }  // namespace dlkernels::cpu

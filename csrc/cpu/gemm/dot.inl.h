@@ -16,10 +16,10 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
   const T *pa[R], *pb[S];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    pa[r] = static_cast<const T*>(a.data) + (m + least(r, rows - 1)) * a.row;
+    pa[r] = static_cast<const T*>(a.data) + (m + min(r, rows - 1)) * a.row;
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s)
-    pb[s] = static_cast<const T*>(b.data) + (n + least(s, cols - 1)) * b.row;
+    pb[s] = static_cast<const T*>(b.data) + (n + min(s, cols - 1)) * b.row;
   Vec sums[kGroups][W];
 #pragma GCC unroll 16
   for (int i = 0; i < kGroups * W; ++i) sums[i / W][i % W] = Vec::zero();
@@ -56,9 +56,9 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
 
 template <class T, int R, int S>
 static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                      const GemmPart& part) {
+                      const GemmChunk& part) {
   const auto tile = [&](int64_t m, int64_t n) {
-    dot_tile<T, R, S>(a, b, K, out, m, n, least(part.m1 - m, R), least(part.n1 - n, S));
+    dot_tile<T, R, S>(a, b, K, out, m, n, min(part.m1 - m, R), min(part.n1 - n, S));
   };
   // The operand with more rows is read once.
   if (part.m1 - part.m0 > part.n1 - part.n0) {
@@ -73,7 +73,7 @@ static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
 // Tiles of as many sums as registers hold and transpositions suit.
 template <class T>
 static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                const GemmPart& part) {
+                const GemmChunk& part) {
   const int64_t M = part.m1 - part.m0, N = part.n1 - part.n0;
   if (M == 1) return dot_tiles<T, 1, 8>(a, b, K, out, part);
   if (N == 1) return dot_tiles<T, 8, 1>(a, b, K, out, part);
@@ -87,7 +87,7 @@ static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& o
 }
 
 static void gemm_dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                     const GemmPart& part) {
+                     const GemmChunk& part) {
   with_type(a.dtype, [&]<class T>() { dot<T>(a, b, K, out, part); });
 }
 

@@ -56,11 +56,11 @@ static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOut
 // error.
 static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool add) {
   for (int64_t i = 0; i < rows; i += Vec::kWidth) {
-    const int64_t lanes = least(rows - i, Vec::kWidth);
+    const int64_t lanes = min(rows - i, Vec::kWidth);
     Vec total = Vec::zero();
     for (int64_t k = 0; k < depth;) {
       Vec part = Vec::zero();
-      for (const int64_t end = least(depth, k + 16); k < end; ++k)
+      for (const int64_t end = min(depth, k + 16); k < end; ++k)
         part = part + load(a.p + k * a.col + i, lanes);
       total = total + part;
     }
@@ -77,26 +77,26 @@ static int64_t pack_step(const Matrix& x) { return x.row == 1 ? 16 : kDepth; }
 template <int64_t W>
 static void pack_block(const Matrix& x, int64_t i0, int64_t rows, int64_t step, int64_t k0,
                        int64_t depth, float* panels) {
-  const int64_t most = pack_step(x);
+  const int64_t step_k = pack_step(x);
   with_type(x.dtype, [&]<class T>() {
-    const Source<T> s(x.data, x.relu_y);
-    for (int64_t k = 0; k < depth; k += most) {
+    const MaskedInput<T> s(x.data, x.relu_y);
+    for (int64_t k = 0; k < depth; k += step_k) {
       float* p = panels + k * W;
       for (int64_t i = 0; i < rows; i += step, p += depth * W)
-        pack_panel<W>(s, (i0 + i) * x.row + (k0 + k) * x.col, x.row, x.col, least(rows - i, step),
-                      least(depth - k, most), p);
+        pack_panel<W>(s, (i0 + i) * x.row + (k0 + k) * x.col, x.row, x.col, min(rows - i, step),
+                      min(depth - k, step_k), p);
     }
   });
 }
 
 // The same elements, widened and masked but where they are from each other: lines along memory.
-static void widen_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
-                        float* to) {
+static void convert_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
+                          float* to) {
   const bool columns = x.row == 1;
   const int64_t lines = columns ? depth : rows, size = columns ? rows : depth;
   const int64_t from = i0 * x.row + k0 * x.col, pitch = columns ? x.col : x.row;
   with_type(x.dtype, [&]<class T>() {
-    const Source<T> s(x.data, x.relu_y);
+    const MaskedInput<T> s(x.data, x.relu_y);
     for (int64_t i = 0; i < lines; ++i) pack_run(s, from + i * pitch, size, size, to + i * size);
   });
 }
@@ -108,46 +108,46 @@ static void widen_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, i
 // sets of a cache. Smaller tiles bear less.
 constexpr int64_t kFew = 4;  // tiles
 constexpr bool kWholeLines = kTileCols >= 32;
-static bool falls(int64_t pitch) { return pitch % (kWholeLines ? 4096 : 512) == 0; }
-static bool a_lies(const Matrix& a, const GemmOutput& out, int64_t cols) {
+static bool conflicts(int64_t pitch) { return pitch % (kWholeLines ? 4096 : 512) == 0; }
+static bool a_is_in_place(const Matrix& a, const GemmOutput& out, int64_t cols) {
   if (a.dtype != DType::kFloat32 || a.relu_y) return false;
   if (a.row != 1) return a.col == 1 && !out.row_sums;
-  return least(cols, a.col) <= kFew * kTileCols || (kWholeLines && !falls(a.col));
+  return min(cols, a.col) <= kFew * kTileCols || (kWholeLines && !conflicts(a.col));
 }
-static bool b_lies(const Matrix& b, int64_t rows) {
+static bool b_is_in_place(const Matrix& b, int64_t rows) {
   if (b.dtype != DType::kFloat32 || b.relu_y || b.row != 1) return false;
   return rows <= kFew * kTileRows || b.col <= kFew * kTileCols ||
-         (!falls(b.col) && (kWholeLines || rows <= kBlockTiles * kTileRows));
+         (!conflicts(b.col) && (kWholeLines || rows <= kBlockTiles * kTileRows));
 }
 
 // The size of the parts of C for so many threads, a fraction where products share them: a few for
 // each, for one that is held up. Along M where B is not packed, and where sums are short, which is
 // mostly writing: a thread that writes whole rows took a third of the time. Else along N, as far as
 // no part packs an element of A that another would pack anyway, and then along M.
-static GemmSize gemm_part_size(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
-                               const GemmOutput& out, double threads) {
+static GemmSize gemm_chunk_size(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
+                                const GemmOutput& out, double threads) {
   constexpr int64_t kPartsPerThread = 4, kPartTiles = 4, kShort = 64;
-  const int64_t rows = most(ceil_div(M, kTileRows), 1), cols = most(ceil_div(N, kTileCols), 1);
-  const bool by_rows = K <= kShort || b_lies(b, M), a_is_read = a_lies(a, out, N);
-  const int64_t tiles = by_rows ? rows : most(cols, rows * cols / kPartTiles);
-  const int64_t fewest = most(static_cast<int64_t>(threads + 0.5), 1);
+  const int64_t rows = max(ceil_div(M, kTileRows), 1), cols = max(ceil_div(N, kTileCols), 1);
+  const bool by_rows = K <= kShort || b_is_in_place(b, M), a_is_read = a_is_in_place(a, out, N);
+  const int64_t tiles = by_rows ? rows : max(cols, rows * cols / kPartTiles);
+  const int64_t fewest = max(static_cast<int64_t>(threads + 0.5), 1);
   const int64_t parts =
-      most(least(static_cast<int64_t>(kPartsPerThread * threads), tiles / kPartTiles), fewest);
-  const int64_t free_n = most(a_is_read ? cols / kPartTiles : ceil_div(N, kBlockCols), 1);
+      max(min(static_cast<int64_t>(kPartsPerThread * threads), tiles / kPartTiles), fewest);
+  const int64_t free_n = max(a_is_read ? cols / kPartTiles : ceil_div(N, kBlockCols), 1);
   const int64_t enough = a_is_read ? 48 : 8;  // rows of tiles, for which B is packed once more
-  const int64_t parts_m = least(
-      by_rows ? parts : most(least(parts / free_n, rows / enough), ceil_div(fewest, cols)), rows);
-  const int64_t parts_n = least(parts / parts_m, cols);
-  return {most(ceil_div(M, parts_m), 1), ceil_div(cols, parts_n) * kTileCols};
+  const int64_t parts_m =
+      min(by_rows ? parts : max(min(parts / free_n, rows / enough), ceil_div(fewest, cols)), rows);
+  const int64_t parts_n = min(parts / parts_m, cols);
+  return {max(ceil_div(M, parts_m), 1), ceil_div(cols, parts_n) * kTileCols};
 }
 
 // Into float32.
-static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                      const GemmPart& part, float* scratch) {
+static void gemm_float32(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
+                         const GemmChunk& part, float* scratch) {
   // Rows or columns that are narrow are widened where they are from each other.
-  const bool widen = a.dtype != DType::kFloat32 && (a.row == 1 || (a.col == 1 && !out.row_sums));
-  const bool a_is_read = a_lies(a, out, part.n1 - part.n0);
-  const bool b_is_read = b_lies(b, part.m1 - part.m0);
+  const bool converts = a.dtype != DType::kFloat32 && (a.row == 1 || (a.col == 1 && !out.row_sums));
+  const bool a_is_read = a_is_in_place(a, out, part.n1 - part.n0);
+  const bool b_is_read = b_is_in_place(b, part.m1 - part.m0);
   const float* const a_data = static_cast<const float*>(a.data);
   const float* const b_data = static_cast<const float*>(b.data);
   float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
@@ -161,35 +161,35 @@ static void gemm_wide(const Matrix& a, const Matrix& b, int64_t K, const GemmOut
 
   int64_t n = part.n0;
   do {  // once at least: an empty C may still want row_sums
-    const int64_t cols = least(part.n1 - n, block_cols);
+    const int64_t cols = min(part.n1 - n, block_cols);
     // Tiles read whole vectors, so the last columns of B are packed even where it lies right.
     const int64_t whole = b_is_read ? cols / kTileCols * kTileCols : 0;
     int64_t k = 0;
     do {  // once at least: an empty sum still has its bias
-      const int64_t depth = least(K - k, block_depth);
+      const int64_t depth = min(K - k, block_depth);
       const Step step = {k == 0, k + depth >= K};
       pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
       for (int64_t m = part.m0; m < part.m1; m += block_rows) {
-        const int64_t rows = least(part.m1 - m, block_rows);
-        if (widen)
-          widen_block(a, m, rows, k, depth, a_block);
+        const int64_t rows = min(part.m1 - m, block_rows);
+        if (converts)
+          convert_block(a, m, rows, k, depth, a_block);
         else if (!a_is_read)
           pack_block<kPanelRows>(a, m, rows, tile_rows, k, depth, a_block);
         const auto a_view = [&](int64_t i) -> View {
           if (a_is_read) return {a_data + (m + i) * a.row + k * a.col, a.row, a.col};
-          if (!widen) return {a_block + i / tile_rows * kPanelRows * depth, 1, kPanelRows};
+          if (!converts) return {a_block + i / tile_rows * kPanelRows * depth, 1, kPanelRows};
           if (a.row == 1) return {a_block + i, 1, rows};
           return {a_block + i * depth, depth, 1};
         };
         if (out.row_sums && n == 0)
           for (int64_t i = 0; i < rows; i += tile_rows)
-            sum_columns(a_view(i), least(rows - i, tile_rows), depth, out.row_sums + m + i,
+            sum_columns(a_view(i), min(rows - i, tile_rows), depth, out.row_sums + m + i,
                         !step.first || out.accumulate);
-        const auto tile = [&](int64_t i, int64_t j, int64_t most) {
+        const auto tile = [&](int64_t i, int64_t j, int64_t max_cols) {
           const View b_view = j < whole ? View{b_data + n + j + k * b.col, 1, b.col}
                                         : View{b_block + (j - whole) * depth, 1, kTileCols};
-          gemm_tile(least(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
-                    least(cols - j, most), step);
+          gemm_tile(min(rows - i, tile_rows), a_view(i), b_view, depth, out, m + i, n + j,
+                    min(cols - j, max_cols), step);
         };
         // A short sum is mostly writing: then along the rows of C. Otherwise B's panel stays in L1.
         if (depth * cols <= kDepth * kTileCols) {
@@ -219,25 +219,25 @@ static Matrix rows_from(Matrix m, int64_t i) {
 }
 
 static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                 const GemmPart& part, float* scratch) {
-  if (out.dtype == DType::kFloat32) return gemm_wide(a, b, K, out, part, scratch);
+                 const GemmChunk& part, float* scratch) {
+  if (out.dtype == DType::kFloat32) return gemm_float32(a, b, K, out, part, scratch);
   float* const sums = scratch + (kBlockRows + kBlockCols) * kDepth;
   int64_t n = part.n0;
   do {  // once at least: an empty C may still want row_sums
-    const int64_t cols = least(part.n1 - n, kBlockCols);
+    const int64_t cols = min(part.n1 - n, kBlockCols);
     for (int64_t m = part.m0, rows; m < part.m1; m += rows) {
-      rows = least(part.m1 - m, kSums / kBlockCols);
+      rows = min(part.m1 - m, kSums / kBlockCols);
       const GemmOutput wide = {.c = sums,
                                .row = cols,
                                .row_bias = out.row_bias ? out.row_bias + m : nullptr,
                                .col_bias = out.col_bias ? out.col_bias + n : nullptr,
                                .relu = out.relu,
                                .row_sums = out.row_sums && n == 0 ? out.row_sums + m : nullptr};
-      gemm_wide(rows_from(a, m), rows_from(b, n), K, wide, {0, rows, 0, cols}, scratch);
+      gemm_float32(rows_from(a, m), rows_from(b, n), K, wide, {0, rows, 0, cols}, scratch);
       with_type(out.dtype, [&]<class T>() {
         T* const c = static_cast<T*>(out.c) + m * out.row + n;
         for (int64_t i = 0; i < rows; ++i)
-          pack_run(Source<float>(sums), i * cols, cols, cols, c + i * out.row);
+          pack_run(MaskedInput<float>(sums), i * cols, cols, cols, c + i * out.row);
       });
     }
     n += cols;

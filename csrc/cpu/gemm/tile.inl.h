@@ -52,7 +52,7 @@ struct Tile {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) zeros[r % 2] = fma(c[r][v], Vec::zero(), zeros[r % 2]);
-    return sum(zeros[0] + zeros[1]) == 0;
+    return reduce_sum(zeros[0] + zeros[1]) == 0;
   }
 
   // The epilogue, to rows m + r and columns n to n + cols of C. A short sum is over before many
@@ -64,7 +64,7 @@ struct Tile {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       store_lanes(v, out, m, n + v * Vec::kWidth, to + v * Vec::kWidth,
-                  least(cols - v * Vec::kWidth, Vec::kWidth), step);
+                  min(cols - v * Vec::kWidth, Vec::kWidth), step);
   }
 
  private:

@@ -16,7 +16,7 @@ static bool within(int64_t i, Inside range) { return i >= range.begin && i < ran
 static Inside inside(const PoolAxis& a, int64_t start) {
   const auto count_before = [&](int64_t position) {
     if (position <= start) return int64_t{0};
-    return least((position - start + a.dilation - 1) / a.dilation, a.kernel);
+    return min((position - start + a.dilation - 1) / a.dilation, a.kernel);
   };
   const bool whole = start >= 0 && start + (a.kernel - 1) * a.dilation < a.in;
   return whole ? Inside{0, a.kernel} : Inside{count_before(0), count_before(a.in)};
@@ -25,8 +25,8 @@ static Inside inside(const PoolAxis& a, int64_t start) {
 // The windows that lie inside the input with all their elements.
 static Inside whole_windows(const PoolAxis& a) {
   const int64_t last = a.in - 1 - (a.kernel - 1) * a.dilation + a.pad;  // start - pad of the last
-  const int64_t end = last < 0 ? 0 : least(last / a.stride + 1, a.out);
-  return {least((a.pad + a.stride - 1) / a.stride, end), end};
+  const int64_t end = last < 0 ? 0 : min(last / a.stride + 1, a.out);
+  return {min((a.pad + a.stride - 1) / a.stride, end), end};
 }
 
 static bool all_whole(const PoolAxis& a) {
@@ -51,7 +51,7 @@ static void pool_lanes(const float* x, const Pool& p, const Window& at, Load loa
     const float* row = x + (at.h + kh * p.h.dilation) * p.w.in * p.C;
     for (int64_t kw = at.kw.begin; kw < at.kw.end; ++kw) {
       const Vec v = load(row + (at.w + kw * p.w.dilation) * p.C, n);
-      const Vec::Mask wins = either(v > best, is_nan(v));
+      const Vec::Mask wins = (v > best) | is_nan(v);
       best = select(wins, v, best);
       if (kArgmax) arg = select(wins, Vec::fill(kh * p.w.kernel + kw), arg);
     }
@@ -80,7 +80,7 @@ static inline void pool_whole(const float* x, const WindowOffsets& offsets, Load
 #pragma GCC unroll 9
   for (int64_t k = 1; k < count; ++k) {
     const Vec v = load(x + offsets.at[k], n);
-    const Vec::Mask wins = either(v > best, is_nan(v));
+    const Vec::Mask wins = (v > best) | is_nan(v);
     best = select(wins, v, best);
     if (kArgmax) arg = select(wins, Vec::fill(k), arg);
   }
@@ -105,19 +105,19 @@ static void pool_rows(const float* x, float* y, uint8_t* argmax, const Pool& p, 
       float* to = y + (row * OW + ow) * C;
       uint8_t* arg = kArgmax ? argmax + (row * OW + ow) * C : nullptr;
       const bool whole = within(ow, whole_w);
-      windows = C == 1 && whole ? least(whole_w.end - ow, Vec::kWidth) : 1;
+      windows = C == 1 && whole ? min(whole_w.end - ow, Vec::kWidth) : 1;
       const int64_t lanes = windows * C;
       if (whole && whole_row) {
         const float* from = image + (at.h * p.w.in + at.w) * C;
         for (int64_t c = 0; c < lanes; c += Vec::kWidth)
           pool_whole<kCount, kArgmax>(from + c, offsets, load, Vec::zero(),
-                                      least(lanes - c, Vec::kWidth), to + c,
+                                      min(lanes - c, Vec::kWidth), to + c,
                                       kArgmax ? arg + c : nullptr);
         continue;
       }
       at.kw = inside(p.w, at.w);
       for (int64_t c = 0; c < lanes; c += Vec::kWidth)
-        pool_lanes<kArgmax>(image + c, p, at, load, least(lanes - c, Vec::kWidth), to + c,
+        pool_lanes<kArgmax>(image + c, p, at, load, min(lanes - c, Vec::kWidth), to + c,
                             kArgmax ? arg + c : nullptr);
     }
   }
@@ -137,7 +137,7 @@ template <class F>
 __attribute__((always_inline)) static inline void each_strip(int64_t size, const F& f) {
   const int64_t V = Vec::kWidth;
   if (size < V) return f(0, size);
-  for (int64_t at = 0; at < size; at += V) f(least(at, size - V), V);
+  for (int64_t at = 0; at < size; at += V) f(min(at, size - V), V);
 }
 
 constexpr int64_t kStage = 4096;  // floats: half of a small L1
@@ -161,7 +161,7 @@ static bool pools_planes(const Pool& p) {
 // beside it the stage has from the start.
 static void stage_rows(const float* plane, const Pool& p, int64_t h, int64_t rows, int64_t width,
                        float* to) {
-  const int64_t inside = least(p.w.in, width - p.w.pad);
+  const int64_t inside = min(p.w.in, width - p.w.pad);
   const Vec none = Vec::fill(-__builtin_inff());
   to += p.w.pad;
   for (int64_t end = h + rows; h < end; ++h, to += width) {
@@ -180,7 +180,7 @@ static inline void pool_strip(Load load, const float* x, const Pool& p,
                               const WindowOffsets& offsets, Vec first, int64_t missing_h,
                               int64_t rows, int64_t n, float* y, uint8_t* argmax) {
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t k = most(missing_h - i * p.h.stride, 0) * p.w.kernel;
+    const int64_t k = max(missing_h - i * p.h.stride, 0) * p.w.kernel;
     pool_whole<kCount, kArgmax>(x, offsets, load, first + Vec::fill(k), n, y, argmax);
     x += p.h.stride * p.w.in, y += p.w.out;
     if (kArgmax) argmax += p.w.out;
@@ -196,7 +196,7 @@ static inline void pool_pairs(const float* x, const Pool& p, const WindowOffsets
   struct Best {
     Vec v, arg;
     void meet(Vec other, Vec other_arg) {
-      const Vec::Mask wins = either(other > v, is_nan(other));
+      const Vec::Mask wins = (other > v) | is_nan(other);
       v = select(wins, other, v);
       if (kArgmax) arg = select(wins, other_arg, arg);
     }
@@ -238,15 +238,15 @@ static void pool_planes(const float* x, float* y, uint8_t* argmax, const Pool& p
     for (float& v : stage) v = -__builtin_inff();
   for (int64_t row = begin, rows; row < end; row += rows) {
     const int64_t oh = row % OH, h = oh * p.h.stride - p.h.pad;
-    rows = least(least(OH - oh, end - row), most(staged_rows(p, width), 1));
+    rows = min(min(OH - oh, end - row), max(staged_rows(p, width), 1));
     const float* plane = x + row / OH * p.h.in * p.w.in;
     if (!whole) stage_rows(plane, p, h, (rows - 1) * p.h.stride + p.h.kernel, width, stage);
     const float* const top = whole ? plane + h * width : stage;
     each_strip(OW, [&](int64_t ow, int64_t n) __attribute__((always_inline)) {
       float missing[Vec::kWidth];  // elements of a row before the first that is there
-      for (int64_t i = 0; i < V; ++i) missing[i] = most(p.w.pad - (ow + i) * p.w.stride, 0);
+      for (int64_t i = 0; i < V; ++i) missing[i] = max(p.w.pad - (ow + i) * p.w.stride, 0);
       const int64_t o = row * OW + ow;
-      strip(top + ow * p.w.stride, staged, offsets, Vec::load(missing), most(-h, 0), rows, n, y + o,
+      strip(top + ow * p.w.stride, staged, offsets, Vec::load(missing), max(-h, 0), rows, n, y + o,
             kArgmax ? argmax + o : nullptr);
     });
   }

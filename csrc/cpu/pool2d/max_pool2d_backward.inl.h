@@ -70,7 +70,7 @@ static void stage_windows(const float* grad_y, const uint8_t* argmax, const Pool
     const int64_t o = oh * p.w.out, OW = within(oh, {0, p.h.out}) ? p.w.out : 0;
     g[0] = arg[0] = 0;
     for (int64_t ow = 0; ow < width - V; ow += V) {
-      const int64_t n = least(most(OW - ow, 0), V);
+      const int64_t n = min(max(OW - ow, 0), V);
       load(grad_y + o + ow, n).store(g + 1 + ow);
       Vec::load_bytes(argmax + o + ow, n).store(arg + 1 + ow);
     }
@@ -89,17 +89,17 @@ static void gather_planes(const float* grad_y, const uint8_t* argmax, float* gra
   float g[kStage], arg[kStage];
   for (int64_t row = begin, rows; row < end; row += rows) {
     const int64_t h0 = row % H, o = row / H * p.h.out * p.w.out;
-    rows = least(least(H - h0, end - row), 2 * (kStage / width) - 3);
+    rows = min(min(H - h0, end - row), 2 * (kStage / width) - 3);
     const int64_t oh = (h0 + p.h.pad) / 2 - kStaged, last = (h0 + rows - 1 + p.h.pad) / 2;
     if (kStaged) stage_windows(grad_y + o, argmax + o, p, oh, last - oh + 1, width, g, arg);
     each_strip(pairs, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      const int64_t m = least(2 * n, W - 2 * j);
+      const int64_t m = min(2 * n, W - 2 * j);
       const auto put = [&](int64_t h, Vec between, Vec own) __attribute__((always_inline)) {
         if (!within(h, {h0, h0 + rows})) return;
         float* to = grad_x + (row - h0 + h) * W + 2 * j;
         const auto put_pair = [&](Vec a, Vec b) __attribute__((always_inline)) {
           interleave(a, b);
-          store(a, to, least(m, V));
+          store(a, to, min(m, V));
           if (m > V) store(b, to + V, m - V);
         };
         pad ? put_pair(own, between) : put_pair(between, own);
@@ -129,7 +129,7 @@ static void gather_channels(const float* grad_y, const uint8_t* argmax, float* g
   const int64_t H = p.h.in, W = p.w.in, C = p.C, OH = p.h.out, OW = p.w.out;
   for (int64_t row = begin, rows; row < end; row += rows) {
     const int64_t h0 = row % H, o = row / H * OH * OW;
-    rows = least(H - h0, end - row);
+    rows = min(H - h0, end - row);
     for (int64_t oh = (h0 + p.h.pad) / 2, h; h = 2 * oh - p.h.pad, h < h0 + rows; ++oh)
       for (int64_t w = 0; w < W; w += 2) {
         const int64_t left = w / 2 + kPad - 1, first = o + (oh - 1) * OW + left;
@@ -170,7 +170,7 @@ static void expand_row(const float* grad_y, const uint8_t* argmax, float* grad_x
   for (int64_t w = 0, ow = p.w.pad / p.w.stride, kw = p.w.pad % p.w.stride; w < p.w.in; ++w) {
     if (kw < p.w.kernel && ow < p.w.out)
       for (int64_t c = 0; c < C; c += Vec::kWidth) {
-        const int64_t o = ow * C + c, n = least(C - c, Vec::kWidth);
+        const int64_t o = ow * C + c, n = min(C - c, Vec::kWidth);
         store(chosen(grad_y + o, argmax + o, k + kw, n), grad_x + w * C + c, n);
       }
     else
@@ -179,7 +179,7 @@ static void expand_row(const float* grad_y, const uint8_t* argmax, float* grad_x
   }
 }
 
-static bool apart(const PoolAxis& a) { return a.dilation == 1 && a.kernel <= a.stride; }
+static bool are_disjoint(const PoolAxis& a) { return a.dilation == 1 && a.kernel <= a.stride; }
 
 static void max_pool2d_backward(const float* grad_y, const uint8_t* argmax, float* grad_x,
                                 const Pool& p, int64_t begin, int64_t end) {
@@ -193,11 +193,11 @@ static void max_pool2d_backward(const float* grad_y, const uint8_t* argmax, floa
     return gather(grad_y, argmax, grad_x, p, begin, end);
   }
   const int64_t x_row = p.w.in * p.C, y_row = p.w.out * p.C, H = p.h.in;
-  if (!apart(p.h) || !apart(p.w) || p.C == 1) {
+  if (!are_disjoint(p.h) || !are_disjoint(p.w) || p.C == 1) {
     const Places places(p);
     for (int64_t row = begin, rows; row < end; row += rows) {
       const int64_t image = row / H, h = row % H, o = image * p.h.out * y_row;
-      rows = least(H - h, end - row);
+      rows = min(H - h, end - row);
       scatter_rows(grad_y + o, argmax + o, grad_x + image * H * x_row, p, places, h, h + rows);
     }
     return;

@@ -135,7 +135,7 @@ inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 // a * 2^n for whole numbers n below 128, 0 where 2^n is below the smallest normal number.
-inline Vec scale2(Vec a, Vec n) {
+inline Vec ldexp(Vec a, Vec n) {
   const __m256i i = _mm256_cvtps_epi32(max(n, Vec::fill(-127)).v);
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
@@ -146,15 +146,15 @@ inline Vec::Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_
 inline Vec::Mask operator<=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline Vec::Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Vec::Mask is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
-inline Vec::Mask either(Vec::Mask a, Vec::Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
+inline Vec::Mask operator|(Vec::Mask a, Vec::Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline Vec select(Vec::Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 
-inline float sum(Vec a) {
+inline float reduce_sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline float max_lane(Vec a) {
+inline float reduce_max(Vec a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));

@@ -75,18 +75,17 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 // a * 2^n for whole numbers n below 128.
-inline Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 // Comparisons are false where a lane is NaN; is_nan finds those.
 inline Vec::Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline Vec::Mask operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 inline Vec::Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline Vec::Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
-inline Vec::Mask either(Vec::Mask a, Vec::Mask b) { return static_cast<Vec::Mask>(a | b); }
 inline Vec select(Vec::Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
-inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 // r[i].lane[j] <-> r[j].lane[i]: 2x2 blocks of floats, then of pairs, then of 128-bit quarters.
 inline void transpose(Vec (&r)[16]) {

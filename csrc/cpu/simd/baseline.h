@@ -67,7 +67,7 @@ inline Vec round(Vec a) {
   return a + big - big;
 }
 // a * 2^n for whole numbers n below 128, 0 where 2^n is below the smallest normal number.
-inline Vec scale2(Vec a, Vec n) {
+inline Vec ldexp(Vec a, Vec n) {
   typedef uint32_t Bits __attribute__((vector_size(16)));
   const Vec::Mask i = __builtin_convertvector(max(n, Vec::fill(-127)).v, Vec::Mask);
   return {a.v * reinterpret_cast<Vec::Floats>(reinterpret_cast<Bits>(i + 127) << 23)};
@@ -78,11 +78,10 @@ inline Vec::Mask operator>(Vec a, Vec b) { return a.v > b.v; }
 inline Vec::Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
 inline Vec::Mask operator==(Vec a, Vec b) { return a.v == b.v; }
 inline Vec::Mask is_nan(Vec a) { return a.v != a.v; }
-inline Vec::Mask either(Vec::Mask a, Vec::Mask b) { return a | b; }
 inline Vec select(Vec::Mask m, Vec yes, Vec no) { return {m ? yes.v : no.v}; }
 
-inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
-inline float max_lane(Vec a) {
+inline float reduce_sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float reduce_max(Vec a) {
   const Vec m = max(a, {Vec::Floats{a.v[2], a.v[3], a.v[0], a.v[1]}});
   return m.v[0] > m.v[1] ? m.v[0] : m.v[1];
 }

@@ -21,7 +21,7 @@ static inline Vec exp(Vec x) {
   q = fma(q, r, Vec::fill(0x1.555492p-3f));
   q = fma(q, r, Vec::fill(0x1.fffffcp-2f));
   q = fma(q, r, Vec::fill(1));
-  return scale2(fma(q, r, Vec::fill(1)), n);
+  return ldexp(fma(q, r, Vec::fill(1)), n);
 }
 
 }  // namespace

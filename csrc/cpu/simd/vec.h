@@ -11,8 +11,8 @@
 namespace dlkernels::cpu {
 namespace {
 
-static constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t round_up(int64_t n, int64_t to = Vec::kWidth) {
   return ceil_div(n, to) * to;

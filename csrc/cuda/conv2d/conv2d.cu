@@ -60,8 +60,8 @@ bool gemm_fits(const Conv2d& c) {
   return pixels <= (int64_t{1} << 30) / channels / (1 + 128 / (rows + 1));
 }
 bool by_gemm(const Conv2d& c, const Estimate& e) {
-  if (c.way == ConvWay::kDirect || !gemm_fits(c)) return false;
-  return c.way == ConvWay::kGemm || e.gemm < e.direct;
+  if (c.algorithm == Conv2dAlgorithm::kDirect || !gemm_fits(c)) return false;
+  return c.algorithm == Conv2dAlgorithm::kGemm || e.gemm < e.direct;
 }
 
 // Hands out a workspace, or only counts it.

@@ -13,7 +13,7 @@ struct Direct {
   View x;
   Filter filter;
   Finish finish;
-  Divisor by_summed;
+  Divider by_summed;
   int lanes;           // threads along the channels, a power of two of at most 8
   bool channels_last;  // neighbouring threads are neighbours in channels, else in rows
   int channel_tiles;   // a group
@@ -39,8 +39,8 @@ __device__ void load_weights(const Direct& d, const Piece& piece, int channel, i
   const T* const from = static_cast<const T*>(d.filter.data) + piece.group * d.filter.sg;
   for (int i = threadIdx.x; i < n * width; i += kDirectThreads) {
     const int term = begin + i / width, o = channel + i % width;
-    const int tap = d.by_summed.quotient(term), c = d.by_summed.remainder(term, tap);
-    const int th = w.by_taps.quotient(tap), tw = w.by_taps.remainder(tap, th);
+    const int tap = d.by_summed.divide(term), c = d.by_summed.remainder(term, tap);
+    const int th = w.by_taps.divide(tap), tw = w.by_taps.remainder(tap, th);
     const int64_t at = (h.tap + th * h.tap_step) * d.filter.sh +
                        (w.tap + tw * w.tap_step) * d.filter.sw + c * d.filter.si;
     weights[i] = o < d.pass.written ? to_float(from[at + o * d.filter.so]) : 0;

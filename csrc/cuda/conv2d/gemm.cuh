@@ -23,7 +23,7 @@ struct Windows {
   Rows rows;
   int size;  // rows
   int numbers;
-  Divisor by_channels;
+  Divider by_channels;
 
   // Offsets wrap where a window begins outside of its image; their sum is right where it is inside.
   struct Line {
@@ -37,7 +37,7 @@ struct Windows {
   static constexpr int kOutside = -(1 << 30);  // plus the place of any tap: still negative
 
   __device__ Windows(const Pass& pass, const Piece& piece, const View& view, int64_t first_row,
-                     int size, int channels, const Divisor& by_channels)
+                     int size, int channels, const Divider& by_channels)
       : image(static_cast<uint32_t>(view.sn)),
         sh(static_cast<uint32_t>(view.sh)),
         sw(static_cast<uint32_t>(view.sw)),
@@ -59,9 +59,9 @@ struct Windows {
     return {p.n * image + h * sh + w * sw, (kKInner ? is_row(p) : i < size) ? h : kOutside, w};
   }
   __device__ At at(int64_t j) const {
-    const int tap = by_channels.quotient(static_cast<int>(j));
+    const int tap = by_channels.divide(static_cast<int>(j));
     const int c = by_channels.remainder(static_cast<int>(j), tap);
-    const int th = piece.w.by_taps.quotient(tap), tw = piece.w.by_taps.remainder(tap, th);
+    const int th = piece.w.by_taps.divide(tap), tw = piece.w.by_taps.remainder(tap, th);
     const int h = th * piece.h.step, w = tw * piece.w.step;
     return {h * sh + w * sw + c, j < numbers ? h : kOutside, w};
   }
@@ -84,16 +84,16 @@ struct GradientWeights {
   const T* weight;  // of the group
   const Piece& piece;
   int taps_w, summed, padded, of_output, size;  // of_output: weights an o; size: lines
-  Divisor by_summed;                            // padded
+  Divider by_summed;                            // padded
 
   using Line = int;  // where it begins, -1 where there is none
   using At = int;
 
   __device__ Line line(int64_t i) const {
-    const int tap = by_summed.quotient(static_cast<int>(i));
+    const int tap = by_summed.divide(static_cast<int>(i));
     const int o = by_summed.remainder(static_cast<int>(i), tap);
     if (i >= size || o >= summed) return -1;
-    const int th = piece.w.by_taps.quotient(tap), tw = piece.w.by_taps.remainder(tap, th);
+    const int th = piece.w.by_taps.divide(tap), tw = piece.w.by_taps.remainder(tap, th);
     const int h = piece.h.tap + th * piece.h.tap_step, w = piece.w.tap + tw * piece.w.tap_step;
     return o * of_output + (h * taps_w + w) * padded;
   }
@@ -132,7 +132,7 @@ struct GemmPass {
   const void* weight;
   int64_t padded_summed, padded_C;  // channels a group; C are those of the convolution's input
   Finish finish;
-  Divisor by_summed;
+  Divider by_summed;
   int channel_tiles;
 
   GemmPass(const Pass& pass, const View& x, const void* weight, int64_t padded_summed,
@@ -203,7 +203,7 @@ struct GemmWeight {
   int64_t padded_C, padded_K;
   float* partials;
   int64_t splits, rows_a_split;
-  Divisor by_channels;
+  Divider by_channels;
   int row_tiles = 0, column_tiles = 0;
 
   GemmWeight(const Pass& pass, const View& x, const View& grad_y, int64_t padded_C,

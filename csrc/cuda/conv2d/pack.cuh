@@ -23,7 +23,7 @@ struct Packing {
   void* to;               // or null
   float* sums;            // [partials][groups * padded] of what goes to `to`, or null
   bool whole = false;     // x and argmax can be read 16 bytes of x at a time
-  Divisor by_plane, by_width, by_padded;
+  Divider by_plane, by_width, by_padded;
 
   Packing(int64_t N, int64_t H, int64_t W, int64_t groups, int64_t channels, int64_t padded,
           const View& x, void* to)
@@ -52,7 +52,7 @@ struct Packing {
 template <class T>
 __device__ T packed_element(const Packing& p, int64_t n, int h, int w, int padded_channel) {
   const T zero = from_float<T>(0);
-  const int g = p.by_padded.quotient(padded_channel), i = p.by_padded.remainder(padded_channel, g);
+  const int g = p.by_padded.divide(padded_channel), i = p.by_padded.remainder(padded_channel, g);
   if (g >= p.groups || i >= p.channels) return zero;
   if (p.argmax) {
     const int PH = p.H / 2, PW = p.W / 2;
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
     const int in_image = static_cast<int>(begin - first_image * plane);
     const auto with_pixel = [&](int row, const auto& f) {
       const int at = in_image + row;
-      const int n = p.by_plane.quotient(at), pixel = p.by_plane.remainder(at, n);
-      const int h = p.by_width.quotient(pixel), w = p.by_width.remainder(pixel, h);
+      const int n = p.by_plane.divide(at), pixel = p.by_plane.remainder(at, n);
+      const int h = p.by_width.divide(pixel), w = p.by_width.remainder(pixel, h);
       f(first_image + n, h, w);
     };
     if constexpr (kPlanes) {

@@ -5,30 +5,13 @@
 
 namespace dlkernels::cuda::conv {
 
-// n / d for 0 <= n < 2^31, 0 < d < 2^31, by a multiplication (Granlund and Montgomery, 1994).
-struct Divisor {
-  uint32_t d = 1, shift = 31;
-  uint64_t factor = uint64_t{1} << 31;
-
-  Divisor() = default;
-  explicit Divisor(int64_t by) : d(static_cast<uint32_t>(by)) {
-    while ((uint64_t{1} << (shift - 31)) < d) ++shift;
-    factor = ((uint64_t{1} << shift) + d - 1) / d;  // below 2^32
-  }
-  __device__ int quotient(int n) const {
-    const uint64_t product = uint64_t{static_cast<uint32_t>(n)} * static_cast<uint32_t>(factor);
-    return static_cast<int>(product >> shift);
-  }
-  __device__ int remainder(int n, int quotient) const { return n - quotient * static_cast<int>(d); }
-};
-
 // One axis of a pass: output a, of `count`, is written at first + a * every; its tap t reads input
 // a * stride + base + t * step, 0 outside [0, in), and weight tap + t * tap_step.
 struct Gather {
   int count, first, every;
   int in, stride, base, step;
   int taps, tap, tap_step;
-  Divisor by_taps;
+  Divider by_taps;
 
   __device__ int input(int a) const { return a * stride + base; }
   __device__ bool inside(int at) const {
@@ -49,7 +32,7 @@ struct PassAxis {
   int residues = 1;  // gathers of this axis
   int rows;          // the most outputs of one
   int common = 1, period = 1, inverse = 0;
-  Divisor by_most_taps, by_fewer_taps;  // all gathers have one number of taps or the other, or none
+  Divider by_most_taps, by_fewer_taps;  // all gathers have one number of taps or the other, or none
 
   PassAxis(const ConvAxis& a, bool gradient)
       : in(static_cast<int>(a.in)),
@@ -74,8 +57,8 @@ struct PassAxis {
       inverse = static_cast<int>((t % period + period) % period);
     }
     const int64_t most = ceil_div(taps, period);
-    by_most_taps = Divisor(most);
-    by_fewer_taps = Divisor(most > 1 ? most - 1 : 1);
+    by_most_taps = Divider(most);
+    by_fewer_taps = Divider(most > 1 ? most - 1 : 1);
   }
 
   // Where it is known that there is but one, most of it stays in the kernel's parameters.
@@ -90,7 +73,7 @@ struct PassAxis {
     if (g.tap >= taps) return g;
     g.taps = (taps - 1 - g.tap) / period + 1;
     g.base = (from - g.tap * dilation) / stride;  // exact
-    g.by_taps = g.taps == static_cast<int>(by_most_taps.d) ? by_most_taps : by_fewer_taps;
+    g.by_taps = g.taps == static_cast<int>(by_most_taps.divisor) ? by_most_taps : by_fewer_taps;
     return g;
   }
 };
@@ -123,7 +106,7 @@ struct Pass {
   bool gradient;
   int pool;   // 2 where the outputs are max-pooled, else 1
   int plane;  // rows an image and gather, / pool^2
-  Divisor by_plane, by_width;
+  Divider by_plane, by_width;
 
   Pass(const Conv2d& c, bool gradient, bool pools)
       : N(c.N),
@@ -159,8 +142,8 @@ struct Rows {
   }
   __device__ Place place(const Pass& pass, int row) const {
     const int at = begin + (pass.pool == 2 ? row / 4 : row);
-    const int n = pass.by_plane.quotient(at), p = pass.by_plane.remainder(at, n);
-    const int a = pass.by_width.quotient(p), b = pass.by_width.remainder(p, a);
+    const int n = pass.by_plane.divide(at), p = pass.by_plane.remainder(at, n);
+    const int a = pass.by_width.divide(p), b = pass.by_width.remainder(p, a);
     if (pass.pool == 1) return {n, a, b};
     return {n, 2 * a + row % 4 / 2, 2 * b + row % 2};
   }

@@ -7,7 +7,6 @@ namespace dlkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kNoElement = 255;
 
 // PoolAxis in 32 bits.
 struct Axis {

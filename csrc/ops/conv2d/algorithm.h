@@ -1,28 +1,27 @@
-// Which algorithms a convolution may use.
+// Which algorithms convolutions may use: settings of the process.
 #pragma once
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/kernels.h"
+
 namespace dlkernels {
 
-// Set by dlkernels.set_precision("ieee"): only what is as exact as direct summation.
+// Set by dlkernels.set_precision("ieee"): direct summation only (no Winograd).
 inline std::atomic<bool> precision_is_ieee{false};
 
-// What DLKERNELS_CONV forces where it can run, for tests; its words in this order.
-enum class ConvAlgorithm { kAny, kDirect, kWinograd2, kWinograd4 };
-constexpr const char* kConvAlgorithms[] = {"", "direct", "winograd2", "winograd4"};
+// What DLKERNELS_CONV says, in the order of Conv2dForce.
+constexpr const char* kConv2dForces[] = {"", "direct", "winograd2", "winograd4"};
 
-inline ConvAlgorithm find_conv_algorithm(const char* name) {
+inline cpu::Conv2dForce find_conv2d_force(const char* name) {
   for (int i = 0; i < 4; ++i)
-    if (name && !std::strcmp(name, kConvAlgorithms[i])) return static_cast<ConvAlgorithm>(i);
-  return ConvAlgorithm::kAny;  // the package refuses other words at import
+    if (name && !std::strcmp(name, kConv2dForces[i])) return static_cast<cpu::Conv2dForce>(i);
+  return cpu::Conv2dForce::kAny;  // the package refuses other words at import
 }
 
-inline std::atomic<ConvAlgorithm> forced_conv_algorithm{
-    find_conv_algorithm(std::getenv("DLKERNELS_CONV"))};
-inline ConvAlgorithm conv_algorithm() {
-  return forced_conv_algorithm.load(std::memory_order_relaxed);
-}
+inline std::atomic<cpu::Conv2dForce> forced_conv2d{
+    find_conv2d_force(std::getenv("DLKERNELS_CONV"))};
+inline cpu::Conv2dForce conv2d_force() { return forced_conv2d.load(std::memory_order_relaxed); }
 
 }  // namespace dlkernels

@@ -115,10 +115,11 @@ struct Conv2d : Op<Conv2d<kRelu>, Signature<Tensor>> {
     const Geometry g = Geometry(a.input, a.weight, a.options).in_a_row();
     const Tensor x = batched(a.input).contiguous(g.format());
     const Tensor bias = a.bias ? to_float32(*a.bias) : Tensor();
-    cpu::Conv2d v = g.forward(x);
-    g.set_output(v, y, g.images(y, g.K, g.OH, g.OW));
-    v.bias = a.bias ? bias.const_data_ptr<float>() : nullptr, v.relu = kRelu;
-    convolve(g, v, g.filter(a.weight));
+    cpu::Conv2d conv = g.forward(x);
+    g.set_output(conv, y, g.images(y, g.K, g.OH, g.OW));
+    conv.on_store.bias = a.bias ? bias.const_data_ptr<float>() : nullptr,
+    conv.on_store.relu = kRelu;
+    convolve(g, conv, g.filter(a.weight));
   }
 
   static void cuda(const Tensor& y, const Args& a) {

@@ -24,8 +24,8 @@ cuda::Conv2d described(const Geometry& g, const Tensor& input, bool channels_las
       .channels_last = channels_last,
       .weight_channels_last = weight_channels_last,
       .allow_tf32 = !precision_is_ieee && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV),
-      .way = conv_algorithm() == ConvAlgorithm::kDirect ? cuda::ConvWay::kDirect
-                                                        : cuda::ConvWay::kFastest};
+      .algorithm = conv2d_force() == cpu::Conv2dForce::kDirect ? cuda::Conv2dAlgorithm::kDirect
+                                                               : cuda::Conv2dAlgorithm::kFastest};
 }
 
 Tensor workspace(const Tensor& like, int64_t bytes) {

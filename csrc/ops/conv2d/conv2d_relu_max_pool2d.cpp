@@ -67,8 +67,8 @@ struct PooledConv2dBackward
     const Geometry g(a.input, a.weight, a.options);
     const Tensor gy = batched(a.grad_y).contiguous(g.format());
     const Tensor elements = batched(a.argmax).contiguous(at::MemoryFormat::ChannelsLast);
-    cpu::Images images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
-    images.H = g.OH, images.W = g.OW, images.argmax = elements.const_data_ptr<uint8_t>();
+    cpu::ImageView images = g.images(gy, g.K, g.OH / 2, g.OW / 2);
+    images.H = g.OH, images.W = g.OW, images.on_load.argmax = elements.const_data_ptr<uint8_t>();
     gradients(g, images, a.input, a.weight, grads);
   }
 
@@ -116,12 +116,12 @@ struct PooledConv2dForward : Op<PooledConv2dForward, Signature<TensorPair>> {
     const Geometry g(a.input, a.weight, a.options);
     const Tensor x = batched(a.input).contiguous(g.format());
     const Tensor bias = a.bias ? to_float32(*a.bias) : Tensor();
-    cpu::Conv2d v = g.forward(x);
-    v.h.out = g.OH / 2 * 2, v.w.out = g.OW / 2 * 2;  // outputs in no window are not computed
-    g.set_output(v, y, g.images(y, g.K, g.OH / 2, g.OW / 2));
-    v.bias = a.bias ? bias.const_data_ptr<float>() : nullptr, v.relu = true;
-    v.argmax = argmax.mutable_data_ptr<uint8_t>();
-    convolve(g, v, g.filter(a.weight));
+    cpu::Conv2d conv = g.forward(x);
+    conv.h.out = g.OH / 2 * 2, conv.w.out = g.OW / 2 * 2;  // outputs in no window are not computed
+    g.set_output(conv, y, g.images(y, g.K, g.OH / 2, g.OW / 2));
+    conv.on_store.bias = a.bias ? bias.const_data_ptr<float>() : nullptr, conv.on_store.relu = true;
+    conv.on_store.argmax = argmax.mutable_data_ptr<uint8_t>();
+    convolve(g, conv, g.filter(a.weight));
   }
 
   static void cuda(const TensorPair& out, const Args& a) {

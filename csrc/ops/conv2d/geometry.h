@@ -26,7 +26,7 @@ struct Geometry {
     channels_last = layout(input, weight) == at::MemoryFormat::ChannelsLast;
   }
 
-  // Images as one long row each, where the convolution has no more of a plane than that.
+  // ImageView as one long row each, where the convolution has no more of a plane than that.
   Geometry in_a_row() const {
     Geometry row = *this;
     if (KH == 1 && KW == 1 && stride[0] == 1 && stride[1] == 1 && OH == H && OW == W)
@@ -39,41 +39,43 @@ struct Geometry {
   }
 
   // A dense (N, channels, H, W) tensor in either layout.
-  static cpu::Images images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
-                            const void* relu_y = nullptr) {
-    cpu::Images x = {t.const_data_ptr(), relu_y, channels, h, w, channels * h * w, h * w, w, 1};
+  static cpu::ImageView images(const Tensor& t, int64_t channels, int64_t h, int64_t w,
+                               const void* relu_y = nullptr) {
+    cpu::ImageView x = {t.const_data_ptr(), channels, h, w, channels * h * w, h * w, w, 1};
     if (!t.is_contiguous()) x.sc = 1, x.sh = w * channels, x.sw = channels;
-    x.dtype = dtype_of(t);
+    x.dtype = dtype_of(t), x.on_load.relu_y = relu_y;
     return x;
   }
 
   // y = conv2d(x)
   cpu::Conv2d forward(const Tensor& x) const {
     return {.x = images(x, C, H, W),
-            .h = {OH, KH, stride[0], padding[0], dilation[0]},
-            .w = {OW, KW, stride[1], padding[1], dilation[1]},
+            .h = {H, OH, KH, stride[0], padding[0], dilation[0]},
+            .w = {W, OW, KW, stride[1], padding[1], dilation[1]},
             .groups = groups,
             .K = K};
   }
   // grad_input from grad_y: the taps in reverse, `stride` outputs of this pass to one of its
   // inputs.
-  cpu::Conv2d backward(const cpu::Images& grad_y) const {
-    const auto axis = [&](int i, int64_t size, int64_t taps) {
+  cpu::Conv2d backward(const cpu::ImageView& grad_y) const {
+    const auto axis = [&](int i, int64_t in, int64_t out, int64_t taps) {
       const int64_t pad = dilation[i] * (taps - 1) - padding[i];
-      return cpu::ConvAxis{size, taps, 1, pad, dilation[i], stride[i]};
+      return ConvAxis{in, out, taps, 1, pad, dilation[i], stride[i]};
     };
-    return {.x = grad_y, .h = axis(0, H, KH), .w = axis(1, W, KW), .groups = groups, .K = C};
+    return {
+        .x = grad_y, .h = axis(0, OH, H, KH), .w = axis(1, OW, W, KW), .groups = groups, .K = C};
   }
   // Where a pass writes: `as` says how that lies.
-  static void set_output(cpu::Conv2d& v, const Tensor& y, const cpu::Images& as) {
-    v.y = y.mutable_data_ptr(), v.yn = as.sn, v.yc = as.sc, v.yh = as.sh, v.yw = as.sw;
+  static void set_output(cpu::Conv2d& conv, const Tensor& y, const cpu::ImageView& as) {
+    conv.y = y.mutable_data_ptr(), conv.yn = as.sn, conv.yc = as.sc, conv.yh = as.sh,
+    conv.yw = as.sw;
   }
   // The weights (K, c, KH, KW) as either reads them.
-  cpu::Filter filter(const Tensor& w) const {
+  cpu::WeightView filter(const Tensor& w) const {
     const auto s = w.strides();
     return {w.const_data_ptr(), k * s[0], s[0], s[1], s[2], s[3]};
   }
-  cpu::Filter reversed(const Tensor& w) const {
+  cpu::WeightView reversed(const Tensor& w) const {
     const auto s = w.strides();
     const int64_t from = ((KH - 1) * s[2] + (KW - 1) * s[3]) * w.element_size();
     const void* const last = static_cast<const char*>(w.const_data_ptr()) + from;
@@ -82,10 +84,10 @@ struct Geometry {
 };
 
 // A pass v of g, forward or grad_input, with the weights that it reads.
-void convolve(const Geometry& g, const cpu::Conv2d& v, const cpu::Filter& filter);
+void convolve(const Geometry& g, const cpu::Conv2d& conv, const cpu::WeightView& filter);
 
 // Fills the gradients that are defined.
-void gradients(const Geometry& g, const cpu::Images& grad_y, const Tensor& input,
+void gradients(const Geometry& g, const cpu::ImageView& grad_y, const Tensor& input,
                const Tensor& weight, const Grads& out);
 
 // The same on CUDA: y, or y and argmax of the max-pool, in the layout that is given; and the

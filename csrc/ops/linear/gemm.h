@@ -25,7 +25,7 @@ struct Product {
     const double m = M, n = N, k = K;
     return m * n * k + 8 * (m * k + n * k + m * n);
   }
-  void run(const cpu::GemmPart& part) const {
+  void run(const cpu::GemmChunk& part) const {
     const cpu::Kernels& table = cpu::kernels();
     if (dots())
       table.gemm_dot(a, b, K, out, part);
@@ -52,7 +52,7 @@ inline void multiply(std::initializer_list<Product> products) {
     Grid g = {.size = {p.M, p.N}};
     if (threads > 1) {
       const double share = p.work() / work * threads;
-      g.size = cpu::kernels().gemm_part_size(p.a, p.b, p.M, p.N, p.K, p.out, share);
+      g.size = cpu::kernels().gemm_chunk_size(p.a, p.b, p.M, p.N, p.K, p.out, share);
       const auto count = [](int64_t n, int64_t size) {
         return std::max<int64_t>(1, (n + size - 1) / size);
       };

@@ -68,12 +68,10 @@ def ninja_on_path() -> bool:
     return shutil.which("ninja") is not None
 
 
-def compiled() -> dict:
-    """What setup() needs to build dlkernels._C."""
+def build_command(include: list) -> type:
+    """The build_ext that compiles kernels, precompiles torch's headers, and records the build."""
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
-
-    include = [f"-isystem{path}" for path in include_paths()]
+    from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
         def finalize_options(self):
@@ -113,17 +111,31 @@ def compiled() -> dict:
         def run(self):
             super().run()
             root = Path() if self.inplace else Path(self.build_lib)
-            package = root / "dlkernels"
-            record = {
-                "VERSION": self.distribution.get_version(),
-                "TORCH_VERSION": str(torch.__version__),
-                "FLAGS": " ".join(FLAGS),
-                "CUDA_REASON": add_cuda(Path("build/cuda"), package / "_C_cuda.so"),
-            }
-            lines = ["# Written by setup.py: what this build is.\n"]
-            lines += [f"{name} = {value!r}\n" for name, value in record.items()]
-            (package / "_build.py").write_text("".join(lines))
+            write_record(self.distribution.get_version(), root / "dlkernels")
 
+    return BuildExt.with_options(use_ninja=ninja_on_path())
+
+
+def write_record(version: str, package: Path) -> None:
+    """Build the CUDA kernels if they are wanted, and write what this build is."""
+    import torch
+
+    record = {
+        "VERSION": version,
+        "TORCH_VERSION": str(torch.__version__),
+        "FLAGS": " ".join(FLAGS),
+        "CUDA_REASON": add_cuda(Path("build/cuda"), package / "_C_cuda.so"),
+    }
+    lines = ["# Written by setup.py: what this build is.\n"]
+    lines += [f"{name} = {value!r}\n" for name, value in record.items()]
+    (package / "_build.py").write_text("".join(lines))
+
+
+def compiled() -> dict:
+    """What setup() needs to build dlkernels._C."""
+    from torch.utils.cpp_extension import CppExtension, include_paths
+
+    include = [f"-isystem{path}" for path in include_paths()]
     extension = CppExtension(
         "dlkernels._C",
         sorted(glob("csrc/ops/**/*.cpp", recursive=True) + glob("csrc/python/*.cpp")),
@@ -132,8 +144,7 @@ def compiled() -> dict:
         extra_compile_args=[*FLAGS, *include],
     )
     extension.include_dirs = [os.path.abspath("csrc")]
-    build_ext = BuildExt.with_options(use_ninja=ninja_on_path())
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_command(include)}}
 
 
 try:

@@ -154,7 +154,7 @@ static double contiguous_rows(const CrossEntropy& a, int64_t begin, int64_t end)
   return total;
 }
 
-// Rows side by side: class c of n <= kWidth of them at x + c * step, a lane each; so the
+// Interleaved rows: class c of n <= kWidth of them at x + c * step, a lane each; so the
 // probabilities, and the gradient in e (null if nobody wants it, and may be x).
 struct Lanes {
   const float *x, *probabilities;
@@ -221,7 +221,7 @@ static double strided_rows(const CrossEntropy& a, int64_t row, int64_t n, const 
 
 constexpr int64_t kShort = 16;
 
-// n rows of up to kShort classes, turned on their side.
+// n rows of up to kShort classes, transposed.
 static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
   constexpr int64_t W = Vec::kWidth;
   float x[kShort * W], probabilities[kShort * W];
@@ -239,7 +239,7 @@ static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
   return loss;
 }
 
-// Where class 0 of a row is, and how many rows lie side by side from there on: at most a vector.
+// Where class 0 of a row is, and how many rows are interleaved from there on: at most a vector.
 static int64_t first_of(const CrossEntropy& a, int64_t row) {
   return row / a.inner * a.C * a.inner + row % a.inner;
 }

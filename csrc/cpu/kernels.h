@@ -20,7 +20,7 @@ struct Matrix {
 };
 
 // Where C (M, N) goes and what is done to it on the way: c[m * row + n] = act(C + bias), rounded
-// once where c is narrow.
+// once where c is a reduced float.
 struct GemmOutput {
   void* c;
   int64_t row = 0;
@@ -29,11 +29,11 @@ struct GemmOutput {
   bool relu = false;
   bool accumulate = false;  // add to what c and row_sums hold; float32 alone
   float* row_sums =
-      nullptr;  // (M) or null: row_sums[m] = sum_k A[m, k]; written by the part with n = 0
+      nullptr;  // (M) or null: row_sums[m] = sum_k A[m, k]; written by the chunk with n = 0
   DType dtype = DType::kFloat32;  // of c
 };
 
-// The part of C a call computes: rows [m0, m1), columns [n0, n1).
+// The chunk of C that a call computes: rows [m0, m1), columns [n0, n1).
 struct GemmChunk {
   int64_t m0, m1, n0, n1;
 };
@@ -133,7 +133,7 @@ struct Pool {
 
 // ---- optimizers ----------------------------------------------------------------------------
 
-// One tensor's step: arrays that lie alike, and g, which every formula starts from:
+// One tensor's step: contiguous arrays of one order, and g, which every formula starts from:
 // g = sign * grad[i] / grad_scale + weight_decay * param[i]
 struct OptimTensor {
   float* param;
@@ -193,17 +193,17 @@ struct Kernels {
 
   // C[m, n] = sum_k a[m, k] * b[n, k], with gemm_scratch floats, 64-byte aligned.
   void (*gemm)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-               const GemmChunk& part, float* scratch);
+               const GemmChunk& chunk, float* scratch);
   int64_t gemm_scratch;
 
-  // The size of its parts (M, N) for so many threads, which may be a share of one.
+  // The size of its chunks (M, N) for so many threads, which may be a share of one.
   GemmSize (*gemm_chunk_size)(const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
                               const GemmOutput& out, double threads);
 
   // The same where both operands have col = 1, without masks and row_sums, all of one dtype, and
   // nothing is packed: for a few rows of either, where the sum is long.
   void (*gemm_dot)(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                   const GemmChunk& part);
+                   const GemmChunk& chunk);
 
   // direct is for every convolution. small_k is for few output channels, scatter for those of which
   // most taps lie outside of the image, depthwise for few channels a group. Winograd's, by tiles of

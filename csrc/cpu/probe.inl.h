@@ -1,4 +1,4 @@
-// How fast multiply-adds can be: the roof that benchmarks hold kernels against.
+// Multiply-adds on registers alone: the FMA peak of the roofline in benchmarks.
 #pragma once
 #include "cpu/simd/vec.h"
 

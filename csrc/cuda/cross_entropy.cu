@@ -1,5 +1,6 @@
-// cross_entropy, its gradient made on the way, and the scaling of that. A row is read once from
-// global memory: what the second pass over it needs stays in shared memory, as far as it fits.
+// cross_entropy with its gradient, and the scaling of that (formulas: cpu/cross_entropy.inl.h).
+// A row is read once from global memory: what the second pass over it needs stays in shared memory,
+// as far as it fits. Memory bounds it.
 #include <cfloat>
 
 #include "cuda/cross_entropy.cuh"

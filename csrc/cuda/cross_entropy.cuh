@@ -1,4 +1,4 @@
-// How the rows of cross_entropy are laid on threads, and a thread's part of a row.
+// How the rows of cross_entropy are assigned to threads, and a thread's part of a row.
 #pragma once
 #include "cuda/common.cuh"
 
@@ -9,7 +9,7 @@ constexpr int kCounts = 128;          // parts of the count that a mean divides 
 constexpr int kReduction = 1024;      // bytes of shared memory: a float a thread
 constexpr int kLongCache = 96 << 10;  // two blocks fit beside each other
 
-// Who shares a row: 1 to 32 lanes of a warp, a block, or, where rows lie side by side, the threads
+// Who shares a row: 1 to 32 lanes of a warp, a block, or, where rows are interleaved, the threads
 // of one lane in 1 to 8 warps.
 enum class Team { kLanes, kBlock, kColumns };
 
@@ -58,7 +58,7 @@ struct Rows {
   int count_parts;
   float* partials;  // of the loss, one a block; or null: the rows' own
   int members, cached;
-  bool packed;  // what is as x lies at the same distance from 16 bytes
+  bool packed;  // arrays of x's layout have its alignment modulo 16 bytes
 
   __device__ bool ignores(int64_t row) const { return target && target[row] == ignore_index; }
 };

@@ -1,6 +1,6 @@
-// Everything that only nvcc understands: the runtime, the launch, the narrow types and the
-// instructions of the tensor cores. tests/cuda_on_cpu.h has the same names in plain C++, so that
-// all other files of this folder can be compiled and run without a GPU.
+// Everything that only nvcc understands: the runtime, the launch, the reduced floats and the
+// instructions of the tensor cores. tests/cpp/cuda_on_cpu.h has the same names in plain C++, so
+// that all other files of this folder compile and run without a GPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

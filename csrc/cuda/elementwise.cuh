@@ -1,4 +1,4 @@
-// y[i] = f(x[i]) and y[i] = f(x[i], z[i]): 16 bytes a thread and access.
+// y[i] = f(x[i]) and y[i] = f(x[i], z[i]), 16 bytes a thread and access. Memory bounds it.
 #pragma once
 #include "cuda/common.cuh"
 

@@ -93,8 +93,8 @@ Error cross_entropy_backward(DType dtype, const CrossEntropy& rows, const void* 
 
 // ---- optimizers ----------------------------------------------------------------------------
 
-// One tensor of n elements: arrays that lie alike, of any alignment. step is read and written where
-// it lies on the device (capturable); otherwise it is null and `steps` counts this one.
+// One tensor of n elements: arrays of one layout and any alignment. step is read and written where
+// it is on the device (capturable); otherwise it is null and `steps` counts this one.
 struct AdamTensor {
   void *param, *grad, *exp_avg, *exp_avg_sq;
   float* step;
@@ -171,11 +171,11 @@ struct Matrix {
 
 // C (M, N) = A (M, K) * B (N, K)^T, then C(m, n) += bias(n), then max(C, 0) with NaN as it is
 // (relu), then 0 where mask(m, n) <= 0. C and mask have rows of N, bias is (N), row_sums (M) are
-// the sums of A(m, k) over k; bias, mask and row_sums may be null. Where A's rows are no lines of
-// memory (row = 1), as they must not be for row_sums, B's columns have to be lines, too (row = 1).
-// Fastest where data and lines are aligned to 16 bytes. float32 is as exact as float32's own
-// arithmetic, infinities included, or with allow_tf32 a product of numbers cut to 10 bits of
-// mantissa.
+// the sums of A(m, k) over k; bias, mask and row_sums may be null. Where A's rows are not
+// contiguous in memory (row = 1), as they must not be for row_sums, B's columns have to be lines,
+// too (row = 1). Fastest where data and lines are aligned to 16 bytes. float32 is as exact as
+// float32's own arithmetic, infinities included, or with allow_tf32 a product of numbers cut to 10
+// bits of mantissa.
 struct Product {
   DType dtype = {};  // of all
   int64_t M = 0, N = 0, K = 0;

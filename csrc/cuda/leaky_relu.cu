@@ -1,4 +1,4 @@
-// leaky_relu and its gradient.
+// y[i] = x[i] > 0 ? x[i] : x[i] * slope; grad_x[i] = x[i] > 0 ? grad_y[i] : grad_y[i] * slope.
 #include "cuda/elementwise.cuh"
 
 namespace dlkernels::cuda {

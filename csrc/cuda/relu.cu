@@ -1,4 +1,4 @@
-// relu and its gradient.
+// y[i] = max(0, x[i]); grad_x[i] = y[i] <= 0 ? 0 : grad_y[i].
 #include "cuda/elementwise.cuh"
 
 namespace dlkernels::cuda {

@@ -170,7 +170,7 @@ bool is_one(const Tensor& grad_y) {
          *grad_y.const_data_ptr<float>() == 1;
 }
 
-// A number on the device, and a gradient there that is ours alone.
+// A number on the device, and a gradient there that nobody else holds.
 bool is_device_scalar(const Tensor& grad_y, const Tensor& grad) {
   return grad_y.dim() == 0 && grad_y.is_cuda() && !at::isTensorSubclassLike(grad_y) &&
          !grad_y.is_neg() && !grad_y._is_zerotensor() && !at::isTensorSubclassLike(grad) &&
@@ -271,6 +271,7 @@ struct CrossEntropy : Op<CrossEntropy, Signature<Tensor>> {
       "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
       "float label_smoothing=0.0) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kFloat32;
+  static constexpr bool kIsGemm = false;
   static constexpr OpStats& stats = dlkernels::stats;
   using Args = entropy::Args;
 

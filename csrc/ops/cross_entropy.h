@@ -1,4 +1,4 @@
-// The arguments of cross_entropy, what of them is ours, and the shapes that follow from them, for
+// The arguments of cross_entropy, which of them have a kernel, and the shapes that follow, for
 // cross_entropy.cpp and cross_entropy_cuda.cpp.
 #pragma once
 #include <ATen/core/Reduction.h>
@@ -27,7 +27,7 @@ inline bool gives_probabilities(const Tensor& input, const Tensor& target) {
 
 inline c10::SymInt classes(const Tensor& input) { return input.sym_size(input.dim() == 1 ? 0 : 1); }
 
-// Logits of at least one class and of a dtype of ours, and a target of a rank and dtype that fit:
+// Logits of at least one class and of a supported dtype, and a target of a rank and dtype that fit:
 // what PyTorch accepts beyond is PyTorch's, and so are its words for what it refuses.
 inline bool are_supported(const Args& a) {
   check_device("cross_entropy", a.input, a.target);
@@ -51,7 +51,7 @@ inline c10::SymDimVector row_sizes(const Tensor& input) {
   return sizes;
 }
 
-// The loss of what is ours, not yet computed.
+// The loss of supported arguments, not yet computed.
 inline Tensor new_loss(const Args& a) {
   check_smoothing(a.label_smoothing);
   TORCH_CHECK(a.reduction >= at::Reduction::None && a.reduction < at::Reduction::END,
@@ -77,7 +77,7 @@ inline Tensor new_loss(const Args& a) {
                           a.input.options());
 }
 
-// Rows of classes that lie side by side: the product of d1, ... in (N, C, d1, ...).
+// How many rows of classes are interleaved: the product of d1, ... in (N, C, d1, ...).
 inline int64_t inner(const Tensor& x) {
   return c10::multiply_integers(x.sizes().slice(std::min<int64_t>(x.dim(), 2)));
 }

@@ -28,7 +28,7 @@ int* reported_flag() {
   return flag;
 }
 
-// A row's sizes, and where rows lie; the pointers and options are the caller's.
+// A row's sizes and the rows' strides; the pointers and options are the caller's.
 cuda::CrossEntropy cuda_rows(const Tensor& x) {
   const int64_t C = x.size(x.dim() == 1 ? 0 : 1);
   return {.x = x.const_data_ptr(),

@@ -234,6 +234,7 @@ struct MaxPool2d
                : "(Tensor input, SymInt[2] kernel_size, SymInt[2] stride=[], SymInt[2] padding=0, "
                  "SymInt[2] dilation=1, bool ceil_mode=False) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kNone;
+  static constexpr bool kIsGemm = false;
   static constexpr OpStats& stats = dlkernels::stats;
 
   struct Args {

@@ -32,6 +32,15 @@ PYBIND11_MODULE(_C, m) {
         return all;
       },
       "{op: (calls of our kernel, calls left to PyTorch)}");
+  m.def(
+      "ops",
+      [] {
+        py::dict all;
+        for (const OpSupport* s = OpSupport::first; s; s = s->next)
+          all[s->name] = py::make_tuple(s->cuda, s->gemm);
+        return all;
+      },
+      "{public op: (whether it has a CUDA kernel, whether it is a matrix product)}");
   m.def("reset_stats", [] {
     for (OpStats* s = OpStats::first; s; s = s->next) s->kernel = s->aten = 0;
   });

@@ -1,12 +1,24 @@
 #include <utility>
 
-#include "kernels_test_narrow.h"
+#include "reduced_float.h"
 
 using namespace dlkernels;
 using namespace dlkernels::test;
 
-// One product in three parts against a double-precision loop. Bits of `options`: A lies
-// transposed, B lies transposed, A is masked, biases and ReLU, accumulate (into float), row sums.
+// Chunks are not empty, and not too many.
+static int chunks(const cpu::Kernels& t, const cpu::Matrix& a, const cpu::Matrix& b, int64_t M,
+                  int64_t N, int64_t K, const cpu::GemmOutput& out) {
+  int wrong = 0;
+  for (const double threads : {0.4, 2.0, 64.0}) {
+    const auto [m, n] = t.gemm_chunk_size(a, b, M, N, K, out, threads);
+    const bool some = m > 0 && n > 0;
+    wrong += !some || ((M + m - 1) / m) * ((N + n - 1) / n) > std::fmax(1, 4 * threads);
+  }
+  return wrong;
+}
+
+// One product in three chunks against a double-precision loop. Bits of `options`: A is
+// transposed, B is transposed, A is masked, biases and ReLU, accumulate (into float), row sums.
 template <class T>
 static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int options) {
   const bool a_t = options & 1, b_t = options & 2, masked = options & 4, act = options & 8;
@@ -47,11 +59,7 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
                   long(K), options, wrong);
   };
 
-  for (const double threads : {0.4, 2.0, 64.0}) {
-    const auto [m, n] = t.gemm_chunk_size(A, B, M, N, K, out, threads);
-    const bool some = m > 0 && n > 0;
-    wrong += !some || ((M + m - 1) / m) * ((N + n - 1) / n) > std::fmax(1, 4 * threads);
-  }
+  wrong += chunks(t, A, B, M, N, K, out);
   const auto in_parts = [&](const auto& run) {
     const int64_t m = M / 2, n = (N + 2) / 3;  // parts may begin anywhere
     together([&] { run({0, m, 0, N}); }, [&] { run({m, M, 0, n}); },
@@ -59,14 +67,14 @@ static int product(const cpu::Kernels& t, int64_t M, int64_t N, int64_t K, int o
                if (n < N) run({m, M, n, N});
              });
   };
-  in_parts([&](const cpu::GemmChunk& part) {
+  in_parts([&](const cpu::GemmChunk& chunk) {
     Buffer<float> scratch(t.gemm_scratch);
-    t.gemm(A, B, K, out, part, scratch.data());
+    t.gemm(A, B, K, out, chunk, scratch.data());
   });
   check("gemm");
   if (a_t || b_t || masked || sums_wanted) return wrong;
   for (int64_t i = 0; i < M * N; ++i) c[i] = before[i];
-  in_parts([&](const cpu::GemmChunk& part) { t.gemm_dot(A, B, K, out, part); });
+  in_parts([&](const cpu::GemmChunk& chunk) { t.gemm_dot(A, B, K, out, chunk); });
   check("gemm_dot");
   return wrong;
 }

@@ -1,5 +1,6 @@
-// Blocks: parts of an image in scratch, channels last, with whatever lies outside the image as
-// zeros. A convolution on blocks knows no layouts, and of borders what blocking.inl.h says.
+// A block is a part of an image in scratch memory: channels last, its padding stored as zeros.
+// load_block fills one from a tensor of either layout; store_row writes a row of outputs back.
+// So only this file knows layouts, and blocking.inl.h knows borders.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/gemm/pack.inl.h"
@@ -127,7 +128,7 @@ static void pool_rows(const float* row, const float* next, int64_t pitch, int64_
     }
 }
 
-// Asks for the lines of y that rows [h, h + rows), as in store_row, will go to. Inline, because GCC
+// Prefetches the cache lines of y that store_row writes for rows [h, h + rows). Inline, because GCC
 // takes a function that only prefetches for one that does nothing.
 __attribute__((always_inline)) static inline void prefetch_rows(const Conv2d& conv, int64_t n,
                                                                 int64_t h, int64_t rows, int64_t w,

@@ -1,4 +1,5 @@
-// How an image is cut into blocks (block.inl.h), and which inputs the outputs of one see.
+// How an image is divided into blocks (block.inl.h) that fit into L2, and which inputs the outputs
+// of a block read.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"
@@ -12,7 +13,7 @@ namespace {
 
 static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-// The taps that output o has: tap first + i * step lies at index at + i * at_step, i < count, and
+// The taps that output o has: tap first + i * step is at index at + i * at_step, i < count, and
 // is input + i * input_step.
 struct Taps {
   int64_t first, step, count, at, at_step, input, input_step;
@@ -164,14 +165,15 @@ struct Block {
 // Conv2dAlgorithm::batch of an algorithm that gains nothing from several blocks at once.
 static int64_t one_block(const Conv2d&) { return 1; }
 
-// ---- what lies outside of the image -----------------------------------------------------------
+// ---- taps outside of the image -----------------------------------------------------------
 
-// It is zeros in a block, but no tap: 0 times NaN or infinity is NaN. Rows of taps are left out
-// always. Columns are not, since the pixels of a tile differ in them: where a weight is not finite,
-// pixels at the edges are computed once more, each in a tile of its own without the columns
-// outside. That adds the same numbers in the same order.
+// Inputs outside of the image are zeros in a block, but must not be multiplied by a weight: 0 times
+// NaN or infinity is NaN. Rows of taps outside are always skipped. Columns are not, since the
+// pixels of a tile differ in them. Where a weight is not finite, the pixels at the edges are
+// therefore computed again, each in a tile of its own without the columns outside: the same numbers
+// are added in the same order.
 
-// A panel of packed weights is followed by a word on them.
+// A panel of packed weights is followed by a word that is 0 if all of them are finite.
 constexpr int64_t kWord = Vec::kWidth;  // floats
 static void write_word(float* panel, int64_t floats) {
   Vec zeros[kTileVecs] = {};

@@ -1,7 +1,8 @@
 // conv2d with few channels a group, and its gradients:
 //   y[pixel, g, j] = sum_{i, tap} x[pixel at tap, g, i] * w[g, j, i, tap],  i < c, j < k
-// Lanes are groups, so nothing is broadcast: a panel is kTileCols groups, and in scratch the first
-// channels of its groups lie side by side, then the second, ...
+// Lanes are groups, so nothing is broadcast. A panel is kTileCols groups: in scratch the first
+// channels of its groups are contiguous, then the second ones, ...
+// Loads bound it: each multiply-add takes one (docs/performance/conv2d.md).
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"
@@ -276,6 +277,21 @@ static void depthwise(const Conv2d& conv, const float* weight, int64_t begin, in
   }
 }
 
+// sums (groups, k) (+)= the sums of the pixels of a block's gradient, for a chunk of groups.
+static void depthwise_sum_pixels(const DepthwiseBlocking& blocking, int64_t groups, int64_t pixels,
+                                 float* scratch, float* sums, bool add) {
+  const int64_t k = blocking.k, pitch = k * kTileCols;
+  float *const temp = scratch + blocking.temp, *const biases = scratch + blocking.biases;
+  for (int64_t g = 0; g < groups; g += kTileCols) {
+    const int64_t lanes = min(groups - g, kTileCols);
+    float* const to = sums + g * k;
+    const View view = {scratch + blocking.g + g / kTileCols * blocking.g_floats, 1, pitch};
+    sum_columns(view, pitch, pixels, temp, false);
+    split_groups(temp, 0, 1, lanes, k, biases, true);
+    for (int64_t i = 0; i < lanes * k; ++i) to[i] = biases[i] + (add ? to[i] : 0.0f);
+  }
+}
+
 // sums: as packed weights
 static void depthwise_grad_weight(const Conv2d& conv, const ImageView& grad_y, int64_t begin,
                                   int64_t end, int64_t panel_begin, int64_t panel_end, float* sums,
@@ -297,14 +313,9 @@ static void depthwise_grad_weight(const Conv2d& conv, const ImageView& grad_y, i
         load_groups(grad_y, b.n, b.h + h, b.w, cols, 1, first, groups, k,
                     g_block + h * cols * g_pitch, blocking.g_floats, temp);
       }
-      for (int64_t g = 0; g < groups && bias_sums; g += kTileCols) {
-        const int64_t lanes = min(groups - g, kTileCols);
-        float *const to = bias_sums + (first + g) * k, *const biases = scratch + blocking.biases;
-        const View pixels = {g_block + g / kTileCols * blocking.g_floats, 1, g_pitch};
-        sum_columns(pixels, g_pitch, rows * cols, temp, false);
-        split_groups(temp, 0, 1, lanes, k, biases, true);
-        for (int64_t i = 0; i < lanes * k; ++i) to[i] = biases[i] + (n > begin ? to[i] : 0.0f);
-      }
+      if (bias_sums)
+        depthwise_sum_pixels(blocking, groups, rows * cols, scratch, bias_sums + first * k,
+                             n > begin);
       if (!sums) continue;
       each_tap_row(
           conv, first / kTileCols, ceil_div(first + groups, kTileCols), 0,

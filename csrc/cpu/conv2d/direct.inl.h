@@ -1,6 +1,9 @@
-// conv2d directly, and its gradients: register tiles of pixels by output channels, the pixels'
-// windows broadcast from a block (block.inl.h) against panels of weights. The taps of a row of the
-// window lie along memory in a block, so there is no im2col matrix, not even in cache.
+// conv2d by the direct sum, and its gradients. For every output channel o of group g:
+//   y[n, o, h, w] = sum_{i, kh, kw} x[n, g * c + i, h * stride - pad + kh * dilation, ...] *
+//                   weight[o, i, kh, kw]
+// A register tile is pixels by output channels: inputs of a block are broadcast against panels of
+// weights. The taps of a row of the window are contiguous in a block, so there is no im2col matrix.
+// Multiply-adds bound it where there are 16 channels or more; with 1 or 3, loads and stores do.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"
@@ -140,6 +143,21 @@ static void direct(const Conv2d& conv, const float* weight, int64_t begin, int64
 
 // ---- grad_weight and grad_bias ---------------------------------------------------------------
 
+// sums[lane] (+)= the sum of g's pixels, `pitch` floats apart: sums of 16 first, for their error.
+static void sum_pixels(const float* g, int64_t pitch, int64_t pixels, int64_t lanes, float* sums,
+                       bool add) {
+  each_vector(0, lanes, [&](int64_t lane, int64_t n) {
+    Vec total = add ? load(sums + lane, n) : Vec::zero();
+    for (int64_t w = 0; w < pixels;) {
+      Vec sum = Vec::zero();
+      for (const int64_t end = min(pixels, w + 16); w < end; ++w)
+        sum = sum + Vec::load(g + w * pitch + lane);
+      total = total + sum;
+    }
+    store(total, sums + lane, n);
+  });
+}
+
 // sums (groups, KH, KW, c, k): of x's windows times the gradient g, over blocks [begin, end).
 static void direct_grad_weight(const Conv2d& conv, const ImageView& grad_y, int64_t begin,
                                int64_t end, int64_t panel_begin, int64_t panel_end, float* sums,
@@ -161,19 +179,8 @@ static void direct_grad_weight(const Conv2d& conv, const ImageView& grad_y, int6
       const Panel p(conv, q);
       const int64_t lanes = p.lanes, g_pitch = blocking.g_pitch;
       const float* const g = g_block + p.group * k + p.k;
-      if (bias_sums) {
-        each_vector(0, lanes, [&](int64_t lane, int64_t n) {
-          float* to = bias_sums + p.group * k + p.k + lane;
-          Vec total = i > begin ? load(to, n) : Vec::zero();
-          for (int64_t w = 0; w < rows * cols;) {  // sums of 16 first, for their error
-            Vec sum = Vec::zero();
-            for (const int64_t some = min(rows * cols, w + 16); w < some; ++w)
-              sum = sum + Vec::load(g + w * g_pitch + lane);
-            total = total + sum;
-          }
-          store(total, to, n);
-        });
-      }
+      if (bias_sums)
+        sum_pixels(g, g_pitch, rows * cols, lanes, bias_sums + p.group * k + p.k, i > begin);
       if (!sums) continue;
       for (int64_t kh = 0; kh < conv.h.taps; ++kh) {
         const Range inside = b.rows.inside(conv.x.H, kh, kh);

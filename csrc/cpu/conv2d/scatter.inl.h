@@ -1,7 +1,8 @@
-// conv2d of images that the window reaches far beyond, as it does in the gradient of a convolution
-// without padding: most of an output's taps would be zeros. Every input is multiplied by the whole
-// window instead, and a row of that, (KW, K), is added to the outputs that see it. Lanes are the
-// window's columns and the few output channels.
+// conv2d where the window reaches far beyond the image, as in the gradient of a convolution without
+// padding. The sum is that of direct.inl.h in another order: every input is multiplied by the whole
+// window, and each row of products, (KW, K), is added to the outputs that read the input.
+// Lanes are the window's columns times the few output channels.
+// The direct sum would multiply mostly zeros there; this one multiplies none.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"

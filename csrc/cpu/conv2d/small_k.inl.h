@@ -1,6 +1,7 @@
-// conv2d with few output channels, which as lanes would be few: lanes are pixels, and the channels
-// are a tile's rows. An output's columns go on into the margin of its row of inputs, so that a
-// block is one long row. Weights and their gradient are as in direct.inl.h.
+// conv2d with at most 8 output channels, the sum of direct.inl.h. Lanes are pixels, since so few
+// channels would fill few lanes, and the channels are a tile's rows.
+// A row of outputs continues into the margin of its row of inputs, so a block is one long row.
+// Weights and their gradient are those of direct.inl.h.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/conv2d/block.inl.h"

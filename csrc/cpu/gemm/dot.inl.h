@@ -1,5 +1,6 @@
-// The GEMM for few rows: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias) where both operands run
-// along k and one of them is so short that to pack the other would cost more than the product.
+// GEMM for few rows: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias), both operands contiguous along
+// k. Lanes run along k and are summed at the end, so nothing is packed. It reads the longer operand
+// once, and the bandwidth of that bounds it.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/gemm/tile.inl.h"
@@ -56,39 +57,39 @@ static void dot_tile(const Matrix& a, const Matrix& b, int64_t K, const GemmOutp
 
 template <class T, int R, int S>
 static void dot_tiles(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                      const GemmChunk& part) {
+                      const GemmChunk& chunk) {
   const auto tile = [&](int64_t m, int64_t n) {
-    dot_tile<T, R, S>(a, b, K, out, m, n, min(part.m1 - m, R), min(part.n1 - n, S));
+    dot_tile<T, R, S>(a, b, K, out, m, n, min(chunk.m1 - m, R), min(chunk.n1 - n, S));
   };
   // The operand with more rows is read once.
-  if (part.m1 - part.m0 > part.n1 - part.n0) {
-    for (int64_t m = part.m0; m < part.m1; m += R)
-      for (int64_t n = part.n0; n < part.n1; n += S) tile(m, n);
+  if (chunk.m1 - chunk.m0 > chunk.n1 - chunk.n0) {
+    for (int64_t m = chunk.m0; m < chunk.m1; m += R)
+      for (int64_t n = chunk.n0; n < chunk.n1; n += S) tile(m, n);
   } else {
-    for (int64_t n = part.n0; n < part.n1; n += S)
-      for (int64_t m = part.m0; m < part.m1; m += R) tile(m, n);
+    for (int64_t n = chunk.n0; n < chunk.n1; n += S)
+      for (int64_t m = chunk.m0; m < chunk.m1; m += R) tile(m, n);
   }
 }
 
 // Tiles of as many sums as registers hold and transpositions suit.
 template <class T>
 static void dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                const GemmChunk& part) {
-  const int64_t M = part.m1 - part.m0, N = part.n1 - part.n0;
-  if (M == 1) return dot_tiles<T, 1, 8>(a, b, K, out, part);
-  if (N == 1) return dot_tiles<T, 8, 1>(a, b, K, out, part);
+                const GemmChunk& chunk) {
+  const int64_t M = chunk.m1 - chunk.m0, N = chunk.n1 - chunk.n0;
+  if (M == 1) return dot_tiles<T, 1, 8>(a, b, K, out, chunk);
+  if (N == 1) return dot_tiles<T, 8, 1>(a, b, K, out, chunk);
   if constexpr (Vec::kWidth == 16) {
-    if (ceil_div(N, 5) * 5 < ceil_div(N, 4) * 4) return dot_tiles<T, 3, 5>(a, b, K, out, part);
-    return dot_tiles<T, 4, 4>(a, b, K, out, part);
+    if (ceil_div(N, 5) * 5 < ceil_div(N, 4) * 4) return dot_tiles<T, 3, 5>(a, b, K, out, chunk);
+    return dot_tiles<T, 4, 4>(a, b, K, out, chunk);
   } else {
-    if (M == 2 || Vec::kWidth == 4) return dot_tiles<T, 2, 4>(a, b, K, out, part);
-    return dot_tiles<T, 4, 3>(a, b, K, out, part);
+    if (M == 2 || Vec::kWidth == 4) return dot_tiles<T, 2, 4>(a, b, K, out, chunk);
+    return dot_tiles<T, 4, 3>(a, b, K, out, chunk);
   }
 }
 
 static void gemm_dot(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                     const GemmChunk& part) {
-  with_type(a.dtype, [&]<class T>() { dot<T>(a, b, K, out, part); });
+                     const GemmChunk& chunk) {
+  with_type(a.dtype, [&]<class T>() { dot<T>(a, b, K, out, chunk); });
 }
 
 }  // namespace

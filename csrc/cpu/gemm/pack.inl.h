@@ -1,5 +1,5 @@
-// Panels for the GEMM: W rows of an operand side by side, panel[k * W + i] = operand(i, k), zeros
-// for rows that are not there. Panels are float32, whatever the operand.
+// Packed panels of the GEMM: panel[k * W + i] = operand(i, k) for W rows i, zeros for rows that do
+// not exist. Panels are float32, whatever the operand's dtype.
 #pragma once
 #include "cpu/simd/vec.h"
 
@@ -67,7 +67,7 @@ static void pack_rows(const MaskedInput<T>& s, int64_t from, int64_t pitch, int6
   }
 }
 
-// Rows side by side in memory: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
+// Contiguous rows: row[i] = s[offset + i] for i < n, zeros from n to `lanes`.
 template <class T, class To>
 static inline void pack_run(const MaskedInput<T>& s, int64_t offset, int64_t n, int64_t lanes,
                             To* row) {

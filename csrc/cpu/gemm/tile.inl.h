@@ -1,5 +1,6 @@
-// The register tile that every product here is made of: C[r, v] += sum_k A[r, k] * B[k, v], R
-// elements of A broadcast against V vectors of B. R * V accumulators stay in registers.
+// The register-tile micro-kernel of GEMM, direct convolution and Winograd:
+//   C[r, v] += sum_k A[r, k] * B[k, v]
+// R elements of A are broadcast against V vectors of B. R * V accumulators stay in registers.
 #pragma once
 #include "cpu/simd/vec.h"
 
@@ -24,7 +25,7 @@ struct Tile {
       for (int v = 0; v < V; ++v) c[r][v] = Vec::zero();
   }
 
-  // A's rows side by side, a step apart for each k: a packed panel, or columns of a matrix.
+  // Column k of A is contiguous, a_step from the next: a packed panel, or columns of a matrix.
   __attribute__((always_inline)) void add_columns(const float* a, int64_t a_step, const float* b,
                                                   int64_t b_step, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step)

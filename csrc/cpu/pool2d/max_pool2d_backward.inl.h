@@ -1,5 +1,7 @@
-// grad_x[n, h, w, c] = sum of grad_y[n, oh, ow, c] over the windows whose argmax is (h, w). A byte
-// that names no element of its window counts for nothing.
+// grad_x[n, h, w, c] = sum of grad_y[n, oh, ow, c] over the windows whose argmax is (h, w).
+// Windows that do not overlap write every element once. Windows of 2 or 3 with stride 2 gather from
+// the windows that hold an element. All others scatter.
+// A byte that names no element of its window counts for nothing.
 #pragma once
 #include "cpu/simd/vec.h"
 #include "cpu/pool2d/max_pool2d.inl.h"
@@ -7,7 +9,7 @@
 namespace dlkernels::cpu {
 namespace {
 
-// Where element k of a window lies, from its element 0. Bytes that are no element lie nowhere: no
+// The offset of element k of a window from its element 0. Bytes that are no element get one that no
 // bound holds them.
 struct Places {
   int64_t h[kNoElement + 1], w[kNoElement + 1], count;

@@ -111,7 +111,7 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), v);
     for (int64_t i = 0; i < n; ++i) p[i] = halves[i];
   }
-  // p[i] for i < n < 4, side by side.
+  // p[i] for i < n < 4.
   template <class T>
   static uint64_t load_few(const T* p, int64_t n) {
     constexpr int64_t kBits = 8 * sizeof(T);

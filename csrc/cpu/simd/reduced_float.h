@@ -1,4 +1,4 @@
-// bfloat16 and float16 as they lie in memory, a number at a time and in plain code; Vec has the
+// bfloat16 and float16 in memory, one number at a time and in plain code; Vec has the
 // vectors. Both round to the nearest, ties to even, and keep NaN.
 #pragma once
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Convolutions as they are defined, on the ordinary units: for a few channels a group, where little
-// is left to do for tensor cores, and right for any.
+// Convolutions by the direct sum on the ordinary units: for few channels a group, where tensor
+// cores have little to do. It is right for every convolution.
 #pragma once
 #include "cuda/conv2d/finish.cuh"
 

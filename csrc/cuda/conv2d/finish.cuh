@@ -1,4 +1,4 @@
-// What becomes of a convolution's sums: bias, ReLU, max-pool, and where they are written.
+// The epilogue of a convolution: bias, ReLU, max-pool and the store.
 #pragma once
 #include "cuda/conv2d/pass.cuh"
 

@@ -1,6 +1,6 @@
-// Convolutions as products of matrices on the tiles of gemm.cuh (implicit GEMM): the pixels under
-// the windows are gathered on their way to shared memory. Channels lie together, those of a group
-// padded to whole runs of 16 bytes.
+// Convolutions as matrix products on the tiles of gemm.cuh (implicit GEMM): the pixels under the
+// windows are gathered while they are copied to shared memory. Channels are contiguous, those of a
+// group padded to whole 16-byte accesses.
 #pragma once
 #include "cuda/conv2d/finish.cuh"
 #include "cuda/gemm/gemm.cuh"
@@ -259,7 +259,7 @@ using WideTile = std::conditional_t<sizeof(T) == 4 || kGradient, Tile<128, 128, 
                                     Tile<128, 128, 64, 64, 3, 2>>;
 using WeightTile = Tile<64, 64, 32, 32, 4, 2>;
 
-// f(the math that a float32 product may take): for narrow types there is one.
+// f(the math that a float32 product may take): for reduced floats there is one.
 template <class T, class F>
 Error with_math(bool allow_tf32, const F& f) {
   if constexpr (sizeof(T) == 4)

@@ -1,6 +1,6 @@
-// Operands as the matrix kernels want them: channels last, those of a group padded with zeros to
-// whole accesses of 16 bytes. A gradient gets its ReLU mask, or goes to the pixels that a max-pool
-// chose, and is summed into the bias's, on the way. And sums of partial sums.
+// Operands in the layout of the matrix kernels: channels last, those of a group padded with zeros
+// to whole 16-byte accesses. The ReLU mask or the max-pool's gradient is applied while packing, and
+// the bias's gradient is summed. Also the sums of partial sums.
 #pragma once
 #include "cuda/conv2d/pass.cuh"
 
@@ -66,7 +66,7 @@ __device__ T packed_element(const Packing& p, int64_t n, int h, int w, int padde
   return static_cast<const T*>(p.x.data)[at];
 }
 
-// A run of them. Where channels lie in x as in `to`, in whole runs, 16 bytes are read at once.
+// A run of them. Where x is channels last in whole runs, 16 bytes are read at once.
 template <class T>
 __device__ Pack<T> packed_run(const Packing& p, int64_t n, int h, int w, int channel) {
   constexpr int kSize = Pack<T>::kSize;
@@ -102,6 +102,23 @@ __device__ Pack<T> packed_run(const Packing& p, int64_t n, int h, int w, int cha
         (p.relu_y && to_float(of_y.values[j]) <= 0))
       run.values[j] = from_float<T>(0);
   return run;
+}
+
+// A block's sums of its channels, from those of its threads, kSize channels each.
+template <int kSize>
+__device__ void store_sums(const Packing& p, const float (&sums)[kSize], int first_channel) {
+  constexpr int kRuns = kPackChannels / kSize;
+  float* const all = reinterpret_cast<float*>(shared_memory());  // [row of threads][channel]
+#pragma unroll
+  for (int j = 0; j < kSize; ++j)
+    all[threadIdx.x / kRuns * kPackChannels + threadIdx.x % kRuns * kSize + j] = sums[j];
+  __syncthreads();
+  const int c = threadIdx.x;
+  const int64_t width = p.width();
+  if (c >= kPackChannels || first_channel + c >= width) return;
+  float sum = 0;
+  for (int i = 0; i < kPackThreads / kRuns; ++i) sum += all[i * kPackChannels + c];
+  p.sums[blockIdx.x * width + first_channel + c] = sum;
 }
 
 // Blocks stride over tiles of rows; blockIdx.y is the tile of channels. Where x is in planes
@@ -159,17 +176,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
     }
     if constexpr (kPlanes) __syncthreads();
   }
-  if (!p.sums) return;
-  float* const all = reinterpret_cast<float*>(shared_memory());  // [row of threads][channel]
-#pragma unroll
-  for (int j = 0; j < kSize; ++j)
-    all[threadIdx.x / kRuns * kPackChannels + run * kSize + j] = sums[j];
-  __syncthreads();
-  const int c = threadIdx.x;
-  if (c >= kPackChannels || first_channel + c >= width) return;
-  float sum = 0;
-  for (int i = 0; i < kRowStep; ++i) sum += all[i * kPackChannels + c];
-  p.sums[blockIdx.x * width + first_channel + c] = sum;
+  if (p.sums) store_sums(p, sums, first_channel);
 }
 
 template <class T>

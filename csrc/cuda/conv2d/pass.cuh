@@ -25,7 +25,7 @@ inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
 
 // That axis of a forward pass, and of grad_input. Input h of a convolution gets a gradient from
 // output o through tap t if o * stride = h + pad - t * dilation: only one tap in `period` can meet
-// the h of one residue modulo stride, and these taps meet outputs side by side. So each residue is
+// the h of one residue modulo stride, and these taps meet neighbouring outputs. So each residue is
 // a gather of its own.
 struct PassAxis {
   int in, out, taps, stride, pad, dilation;

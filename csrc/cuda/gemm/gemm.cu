@@ -1,4 +1,4 @@
-// gemm: which of the matrices' layouts there is a kernel for, and the plan.
+// gemm: the kernel for a layout of the operands, and the plan.
 #include "cuda/gemm/gemm.cuh"
 
 namespace dlkernels::cuda {
@@ -11,7 +11,7 @@ Plan plan_of(const Product& p) {
   return choose(p.M, p.N, p.K, rate, p.dtype == DType::kFloat32 ? 32 : 64, multiprocessors());
 }
 
-// Whether a (rows, cols) matrix can be read as lines of memory that are its rows, or its columns.
+// Whether the rows of a (rows, cols) matrix are contiguous runs, or its columns.
 bool rows_lie(const Matrix& x, int64_t cols) { return x.col == 1 || cols <= 1; }
 bool columns_lie(const Matrix& x, int64_t rows) { return x.row == 1 || rows <= 1; }
 

@@ -1,5 +1,4 @@
-// A product of matrices, C (M, N) = A (M, K) * B (N, K)^T, by tiles on tensor cores: the kernel,
-// and what becomes of C.
+// C (M, N) = A (M, K) * B (N, K)^T by tiles on tensor cores: the kernel and its epilogue.
 #pragma once
 #include <type_traits>
 
@@ -18,7 +17,7 @@ struct Output {
   int64_t row;
   const T* bias;  // (N), is added; or null
   bool relu;      // then max(C, 0), a NaN stays one
-  const T* mask;  // lies as c does: where it is <= 0 C becomes 0; or null
+  const T* mask;  // with the strides of c: where it is <= 0 C becomes 0; or null
   T* row_sums;    // (M) sums of A(m, k) over k; or null, as it must be if A is kKInner
   bool packed;    // every row of c and of mask is aligned to 16 bytes
 
@@ -273,8 +272,8 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(const Parts parts, const
 // ---- launches ---------------------------------------------------------------------------------
 
 using SmallTile = Tile<64, 64, 32, 32, 4, 3>;
-// A warp's 64x64 halves what narrow operands ask of shared memory, which binds them; split float32
-// operands leave the registers for 64x32, and for one block.
+// A warp's 64x64 halves what reduced floats read from shared memory, which bounds them; split
+// float32 operands leave the registers for 64x32, and for one block.
 template <class T>
 using LargeTile =
     std::conditional_t<sizeof(T) == 4, Tile<128, 128, 64, 32, 3, 1>, Tile<128, 128, 64, 64, 3, 2>>;

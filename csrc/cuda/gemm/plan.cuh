@@ -1,5 +1,5 @@
-// How a product of matrices is cut into blocks of the device: by which tile, in how many parts of
-// K.
+// How a matrix product is divided among the blocks of the device: the tile, and the number of parts
+// of K (split-K).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -40,7 +40,7 @@ inline Plan choose(int64_t M, int64_t N, int64_t K, double rate, int step, int s
   return best;
 }
 
-// What lies in workspace where sums are split: rows x cols of C for each split, whole tiles, then
+// The workspace where sums are split: rows x cols of C for each split, whole tiles, then
 // the sums of A's rows.
 struct Parts {
   float* data;

@@ -1,15 +1,16 @@
-// A tile of a product of matrices: its operands on their way from global memory to tensor cores.
+// A tile of a matrix product: its operands are copied from global memory to shared memory, and from
+// there to the tensor cores.
 //
-// A step is 128 bytes of K: kStep numbers of each row of A and of B. An operand's part of a step
-// lies in shared memory as it lies in global memory: lines of consecutive numbers, a line of K for
-// each row (kKInner), or a line of rows for each k.
+// A step is 128 bytes of K: kStep numbers of each row of A and of B. An operand has the same layout
+// in shared memory as in global memory: contiguous runs, one of K for each row (kKInner), or one of
+// rows for each k.
 #pragma once
 #include "cuda/common.cuh"
 
 namespace dlkernels::cuda {
 
 // How float32 is multiplied: in three products of TF32, which is as exact as float32's own, or in
-// one, where PyTorch's user allows it. The narrow types have only one way. kExact gives NaN where
+// one, where PyTorch's user allows it. Reduced floats have one only. kExact gives NaN where
 // an operand is infinite or all but: kCareful does not, and takes longer.
 enum class Math { kExact, kCareful, kTF32 };
 
@@ -41,7 +42,7 @@ struct Run {
 };
 
 // An operand as a matrix in memory. This is what the tile asks of any operand: run(line(i), at(j))
-// is the 16 bytes of line i from number j on, a multiple of so many; both may lie behind the end.
+// is the 16 bytes of line i from number j on, a multiple of so many; both may be behind the end.
 // Lines are asked for once a tile and `at` once a step if kKInner, else the other way round, so
 // that an operand which is no matrix (the pixels under a window) works out little in a step.
 template <class Type, bool kKInner_>
@@ -72,7 +73,7 @@ struct MatrixSource {
 };
 
 // Where pack p (16 bytes) of line l lies: at place p ^ swizzle(l) of its line, so that 8 lines'
-// same packs (a matrix's rows) lie in all banks, and 4 lines' same two packs where floats are read
+// same packs (a matrix's rows) are in all banks, and 4 lines' same two packs where floats are read
 // alone.
 template <class T, bool kKInner, int kOuter>
 struct Layout {

@@ -1,5 +1,6 @@
 // max_pool2d, its gradient as a gather over the windows that cover an element, and PyTorch's
-// indices. A thread takes packs: 16 bytes of channels, or in a plane's gradient of a row.
+// indices. A thread takes packs: 16 bytes of channels, or of a row in a plane's gradient. Memory
+// bounds it.
 #include "cuda/common.cuh"
 
 namespace dlkernels::cuda {
@@ -20,7 +21,7 @@ struct Axis {
         kernel(static_cast<int>(a.kernel)),
         stride(static_cast<int>(least(a.stride, a.in + a.pad))),  // then there is one window
         pad(static_cast<int>(a.pad)),
-        // From its first element, as far as this leads to outside.
+        // From its first element, while that is outside.
         dilation(static_cast<int>(least(a.dilation, a.in + a.pad))),
         reach(static_cast<int>(least((a.kernel - 1) * a.dilation, a.in + a.pad))),
         by_stride(stride),
@@ -125,7 +126,7 @@ struct Best {
   }
 };
 
-// The place where the first element inside lies, or the number of elements if there is none.
+// The position of the first element inside, or the number of elements if there is none.
 __device__ inline int first_inside(const Axis& a, int start) {
   int k = start < 0 ? a.by_dilation.divide(a.dilation - 1 - start) : 0;
   return k < a.kernel && start + int64_t{k} * a.dilation < a.in ? k : a.kernel;

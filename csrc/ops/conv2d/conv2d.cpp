@@ -93,6 +93,7 @@ struct Conv2d : Op<Conv2d<kRelu>, Signature<Tensor>> {
       "(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, SymInt[4] padding=0, "
       "SymInt[2] dilation=1, SymInt groups=1) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kLower;
+  static constexpr bool kIsGemm = true;
   inline static OpStats stats{kName};
   using Args = conv::Args;
 

@@ -139,6 +139,7 @@ struct PooledConv2d : Op<PooledConv2d, Signature<Tensor>> {
       "(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kLower;
+  static constexpr bool kIsGemm = true;
   static constexpr OpStats& stats = dlkernels::stats;
   using Args = conv::Args;
 

@@ -65,7 +65,7 @@ struct Geometry {
     return {
         .x = grad_y, .h = axis(0, OH, H, KH), .w = axis(1, OW, W, KW), .groups = groups, .K = C};
   }
-  // Where a pass writes: `as` says how that lies.
+  // Where a pass writes, in the layout of `as`.
   static void set_output(cpu::Conv2d& conv, const Tensor& y, const cpu::ImageView& as) {
     conv.y = y.mutable_data_ptr(), conv.yn = as.sn, conv.yc = as.sc, conv.yh = as.sh,
     conv.yw = as.sw;

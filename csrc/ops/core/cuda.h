@@ -42,8 +42,8 @@ inline std::atomic<int>& capability(c10::DeviceIndex device) {
   return capability;
 }
 
-// Whether products of matrices are ours there: they are built for tensor cores that know bfloat16
-// and for asynchronous copies. Older devices have PyTorch's, which is said once.
+// Whether a device has GEMM kernels. They need tensor cores for bfloat16 and asynchronous copies.
+// On older devices PyTorch's ops run, which is reported once.
 inline bool has_gemm_kernels(c10::Device device) {
   if (!device.is_cuda()) return true;
   const int found = capability(device.index());

@@ -27,7 +27,8 @@ void parallel_elements(int64_t numel, const F& f) {
 //   kName, kSchema            "relu", "(Tensor input) -> Tensor"
 //   kBackward, kBackwardSchema, kNode   of the gradient, and its node
 //   kSaved                    what the gradient is computed from: "y" or "input"
-//   kCPU, kCPUBackward, kCUDA, kCUDABackward   its members of the tables of kernels
+//   kCPU, kCPUBackward        its members of the CPU's table of kernels
+//   kCUDA, kCUDABackward      those of CUDA's; without them the op has no CUDA kernel
 //   aten(input, options...), aten_backward(grad_y, saved, options...)   PyTorch's own
 template <class F, class... Options>
 struct ElementwiseBackward
@@ -68,7 +69,9 @@ struct ElementwiseBackward
         a.options);
   }
 
-  static void cuda(const Tensor& grad_x, const Args& a) {
+  static void cuda(const Tensor& grad_x, const Args& a)
+    requires(requires { F::kCUDA; })
+  {
     const Tensor g = with_strides_of(grad_x, a.grad_y), s = with_strides_of(grad_x, a.saved);
     launch(kName, g, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
       return std::apply(
@@ -88,6 +91,7 @@ struct ElementwiseOp : Op<ElementwiseOp<F, Options...>, Tensor(const Tensor&, Op
   static constexpr const char *kName = F::kName, *kNode = F::kNode;
   static constexpr const char* kSchema = F::kSchema;
   static constexpr Autocast kAutocast = Autocast::kNone;
+  static constexpr bool kIsGemm = false;
   inline static OpStats stats{kName};
 
   struct Args {
@@ -117,7 +121,9 @@ struct ElementwiseOp : Op<ElementwiseOp<F, Options...>, Tensor(const Tensor&, Op
         a.options);
   }
 
-  static void cuda(const Tensor& y, const Args& a) {
+  static void cuda(const Tensor& y, const Args& a)
+    requires(requires { F::kCUDA; })
+  {
     const Tensor x = with_strides_of(y, a.input);
     launch(kName, x, [&](const cuda::Kernels& kernels, cuda::Stream stream) {
       return std::apply(

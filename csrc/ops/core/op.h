@@ -85,7 +85,7 @@ enum class Device { kCPU, kCUDA };
 //   has_kernel(args)   whether the kernels take these arguments
 //   aten(args)         PyTorch's own op, which runs where they do not, under the transforms of
 //                      torch.func, and under autocast on the CPU unless kAutocast is kLower
-//   kAutocast
+//   kAutocast, kIsGemm (see OpSupport)
 // and its gradient:
 //   kNode, Backward               the node's name, and the op that computes the gradient
 //   forward(ctx, args)            saves what backward needs, and returns the result
@@ -142,6 +142,7 @@ struct Op<T, Result(Inputs...)> {
     if constexpr (has_cuda()) impl(CUDA, on_device<Device::kCUDA>);
     if constexpr (is_public()) {
       using torch::CppFunction;
+      static const OpSupport support(T::kName, has_cuda(), T::kIsGemm);
       impl(Autograd, on_autograd);
       impl(CompositeExplicitAutograd, on_aten);
       impl(FuncTorchDynamicLayerFrontMode, on_aten);

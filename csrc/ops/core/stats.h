@@ -28,4 +28,18 @@ class OpStats {
   inline static OpStats* first = nullptr;
 };
 
+// Where a public op has kernels, listed for info().
+struct OpSupport {
+  OpSupport(const char* name, bool cuda, bool gemm)
+      : name(name), cuda(cuda), gemm(gemm), next(first) {
+    first = this;
+  }
+
+  const char* const name;
+  const bool cuda;  // a CUDA kernel
+  const bool gemm;  // reduced floats on the CPU too; on CUDA from compute capability 8.0 on
+  const OpSupport* const next;
+  inline static const OpSupport* first = nullptr;
+};
+
 }  // namespace dlkernels

@@ -25,12 +25,12 @@ struct Product {
     const double m = M, n = N, k = K;
     return m * n * k + 8 * (m * k + n * k + m * n);
   }
-  void run(const cpu::GemmChunk& part) const {
+  void run(const cpu::GemmChunk& chunk) const {
     const cpu::Kernels& table = cpu::kernels();
     if (dots())
-      table.gemm_dot(a, b, K, out, part);
+      table.gemm_dot(a, b, K, out, chunk);
     else
-      table.gemm(a, b, K, out, part, scratch(table.gemm_scratch));
+      table.gemm(a, b, K, out, chunk, scratch(table.gemm_scratch));
   }
 };
 

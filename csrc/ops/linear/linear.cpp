@@ -85,6 +85,7 @@ struct Linear : Op<Linear<kRelu>, Tensor(const Tensor&, const Tensor&, const opt
   static constexpr const char* kSchema =
       "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kLower;
+  static constexpr bool kIsGemm = true;
   inline static OpStats stats{kName};
 
   struct Args {

@@ -50,7 +50,7 @@ inline void linear_backward_into(const Grads& grads, const Tensor& grad_y, const
     if (grad_x.defined()) grad_x.zero_();
     return;
   }
-  // The mask y > 0 is read together with grad_y, so the two must lie alike.
+  // The mask y > 0 is read together with grad_y, so the two must have one layout.
   const Tensor yc = y.defined() ? y.contiguous() : y,
                gy = y.defined() ? grad_y.contiguous() : grad_y;
   Tensor g_copy, x_copy;
@@ -85,7 +85,7 @@ inline void linear_backward_into(const Grads& grads, const Tensor& grad_y, const
 
 // ---- the same on CUDA ---------------------------------------------------------------------
 
-// (..., K) as a matrix whose rows are lines of memory, copied where it is not; so is 1 x K, and a
+// (..., K) as a matrix with contiguous rows, copied where it has none; so is 1 x K, and a
 // matrix of one column.
 inline Tensor with_dense_rows(const Tensor& x) {
   const Tensor rows = x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);

@@ -194,6 +194,7 @@ struct MLP : Op<MLP, Tensor(const Tensor&, TensorList, TensorList)> {
   static constexpr const char* kSchema =
       "(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor";
   static constexpr Autocast kAutocast = Autocast::kLower;
+  static constexpr bool kIsGemm = true;
   static constexpr OpStats& stats = dlkernels::stats;
   using Args = MLPArgs;
 

@@ -49,7 +49,7 @@ void check_lists(const OptimLists& a);
 void check_no_grad(const OptimLists& a);
 
 // Whether each parameter is one run of memory, no two of them the same, and its gradient and states
-// lie like it: then a kernel may take them as they are, at once and in any order.
+// have its strides: then a kernel may take them as they are, at once and in any order.
 bool lie_as_params(const OptimLists& a);
 
 // A backward pass that saved any of these must notice (torch's own fused steps on the CPU forget).
@@ -58,7 +58,7 @@ void bump_versions(const OptimLists& a);
 // ---- cpu ------------------------------------------------------------------------------------
 
 // The tensors of a call as kernels take them: one run of memory each, in the order of the
-// parameter. What lies otherwise is copied, and copied back where it is written.
+// parameter. Other layouts are copied, and copied back where they are written.
 class OptimRuns {
  public:
   OptimRuns(const OptimLists& a, bool maximize, double weight_decay);
@@ -132,7 +132,7 @@ using DeviceLr = const optional<Tensor>&;
 //                   the learning rate may be a tensor, the field device_lr
 //   kKernel         its member of cpu::Kernels
 //   scalars(step)   what that takes, worked out in double
-//   aten_step(param, grad, states, step)  PyTorch's own, for what is not ours
+//   aten_step(param, grad, states, step)  PyTorch's own step, where there is no kernel
 //   wants(list)     where it has options that need a list
 //   step_cuda(lists)  where it has a CUDA kernel; false, with nothing done, for what that is not
 //   for
@@ -282,10 +282,11 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
     impl(DispatchKey::CUDA, op<cuda>);
     impl(DispatchKey::Meta, op<meta>);
     impl(DispatchKey::Autograd, autograd);
-    // Not register_torch_path: a step taken inside an autocast region is still ours, nothing is
-    // cast.
+    // Not register_torch_path: a step inside an autocast region still runs on the kernel, nothing
+    // is cast.
     impl(DispatchKey::CompositeExplicitAutograd, op<aten>);
     impl(DispatchKey::FuncTorchDynamicLayerFrontMode, op<aten>);
+    static const OpSupport support(kName, kCuda, /*gemm=*/false);
     static OptimCall call(kName, from_python, kCuda);
   }
 };

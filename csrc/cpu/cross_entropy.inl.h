@@ -15,8 +15,10 @@ namespace dlkernels::cpu {
 namespace {
 
 // Of the target, and what every class gets.
-static float keep(const CrossEntropy& a) { return 1 - a.smoothing; }
-static float even(const CrossEntropy& a) { return a.smoothing / static_cast<float>(a.C); }
+static float one_minus_smoothing(const CrossEntropy& a) { return 1 - a.smoothing; }
+static float smoothing_per_class(const CrossEntropy& a) {
+  return a.smoothing / static_cast<float>(a.C);
+}
 
 // The sum of f(c, lanes), whose lanes that are not there must be 0. In blocks, so that rounding
 // errors do not pile up along a row of many classes.
@@ -67,19 +69,20 @@ struct Spread {
 
   bool any() const { return !a.target || a.smoothing != 0; }
   Vec at(int64_t c, int64_t n) const {
-    Vec g = Vec::fill(even(a));
-    if (!a.target) g = fma(Vec::fill(keep(a)), load(a.probabilities + first + c, n), g);
+    Vec g = Vec::fill(smoothing_per_class(a));
+    if (!a.target)
+      g = fma(Vec::fill(one_minus_smoothing(a)), load(a.probabilities + first + c, n), g);
     return a.weight ? g * load(a.weight + c, n) : g;
   }
   // sum_c g[c], smoothing apart: at() is not 0 in lanes that are not there.
   double sum() const {
-    const double smooth = static_cast<double>(even(a)) * a.weight_sum;
+    const double smooth = static_cast<double>(smoothing_per_class(a)) * a.weight_sum;
     if (a.target) return smooth;
     const float rest = row_sum(a.C, [&](int64_t c, int64_t n) {
       const Vec p = load(a.probabilities + first + c, n);
       return a.weight ? p * load(a.weight + c, n) : p;
     });
-    return smooth + static_cast<double>(keep(a)) * rest;
+    return smooth + static_cast<double>(one_minus_smoothing(a)) * rest;
   }
   // sum_c g[c] * (top - x[c]); lanes that are not there count as x = top
   float loss(float top) const {
@@ -97,7 +100,7 @@ static bool is_ignored(const CrossEntropy& a, int64_t row) {
 
 // The target's own part of g.
 static float g_of(const CrossEntropy& a, int64_t t) {
-  return a.weight ? keep(a) * a.weight[t] : keep(a);
+  return a.weight ? one_minus_smoothing(a) * a.weight[t] : one_minus_smoothing(a);
 }
 
 // A row whose sums are known: its loss, and its gradient in place of the exponentials.
@@ -165,15 +168,16 @@ struct Lanes {
 static double strided_rows(const CrossEntropy& a, int64_t row, int64_t n, const Lanes& at) {
   const bool is_spread = !a.target || a.smoothing != 0;
   const auto g = [&](int64_t c) {
-    Vec v = Vec::fill(even(a));
-    if (!a.target) v = fma(Vec::fill(keep(a)), load(at.probabilities + c * at.step, n), v);
+    Vec v = Vec::fill(smoothing_per_class(a));
+    if (!a.target)
+      v = fma(Vec::fill(one_minus_smoothing(a)), load(at.probabilities + c * at.step, n), v);
     return a.weight ? v * Vec::fill(a.weight[c]) : v;
   };
   float x_t[Vec::kWidth];  // of the targets, before e overwrites them
   for (int64_t i = 0; i < n; ++i)
     x_t[i] = a.target && !is_ignored(a, row + i) ? at.x[a.target[row + i] * at.step + i] : 0;
 
-  Vec top = Vec::fill(-__builtin_inff()), s = Vec::zero(), g_sum = s, far = s;
+  Vec top = Vec::fill(-__builtin_inff()), s = Vec::zero(), g_sum = s, other_loss = s;
   for (int64_t c = 0; c < a.C; ++c) top = max(load(at.x + c * at.step, n), top);
   for (int64_t c = 0; c < a.C; ++c) {
     const Vec below = load(at.x + c * at.step, n) - top, e = exp(below);
@@ -181,11 +185,11 @@ static double strided_rows(const CrossEntropy& a, int64_t row, int64_t n, const 
     s = s + e;
     if (!is_spread) continue;
     g_sum = g_sum + g(c);
-    far = far - g(c) * below;
+    other_loss = other_loss - g(c) * below;
   }
 
-  float tops[Vec::kWidth], sums[Vec::kWidth], g_sums[Vec::kWidth], fars[Vec::kWidth];
-  top.store(tops), s.store(sums), g_sum.store(g_sums), far.store(fars);
+  float tops[Vec::kWidth], sums[Vec::kWidth], g_sums[Vec::kWidth], other_losses[Vec::kWidth];
+  top.store(tops), s.store(sums), g_sum.store(g_sums), other_loss.store(other_losses);
   float to_p[Vec::kWidth], scale[Vec::kWidth];  // 0 in an ignored row, or to_p NaN: see above
   double total = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -193,7 +197,7 @@ static double strided_rows(const CrossEntropy& a, int64_t row, int64_t n, const 
     double loss = 0;
     if (!ignored) {
       const float log_s = __builtin_logf(sums[i]), g_t = a.target ? g_of(a, a.target[row + i]) : 0;
-      loss = (static_cast<double>(g_t) + g_sums[i]) * log_s + fars[i];
+      loss = (static_cast<double>(g_t) + g_sums[i]) * log_s + other_losses[i];
       if (a.target) loss += g_t * (static_cast<double>(tops[i]) - x_t[i]);
       g_sums[i] += g_t;
     }
@@ -243,7 +247,7 @@ static double rows_turned(const CrossEntropy& a, int64_t row, int64_t n) {
 static int64_t first_of(const CrossEntropy& a, int64_t row) {
   return row / a.inner * a.C * a.inner + row % a.inner;
 }
-static int64_t beside(const CrossEntropy& a, int64_t row, int64_t end) {
+static int64_t rows_per_vector(const CrossEntropy& a, int64_t row, int64_t end) {
   const int64_t n = min(Vec::kWidth, end - row);
   return a.inner == 1 ? n : min(n, a.inner - row % a.inner);
 }
@@ -252,7 +256,7 @@ static double cross_entropy(const CrossEntropy& a, int64_t begin, int64_t end) {
   if (a.inner == 1 && a.C > kShort) return contiguous_rows(a, begin, end);
   double total = 0;
   for (int64_t row = begin, n; row < end; row += n) {
-    n = beside(a, row, end);
+    n = rows_per_vector(a, row, end);
     const int64_t first = first_of(a, row);
     const Lanes at = {a.x + first, a.target ? nullptr : a.probabilities + first,
                       a.grad ? a.grad + first : nullptr, a.inner};
@@ -267,7 +271,7 @@ static void cross_entropy_backward(const CrossEntropy& a, const float* grad_y, i
     return is_ignored(a, row) ? 0 : grad_y[row * step];
   };
   for (int64_t row = begin, n; row < end; row += n) {
-    n = beside(a, row, end);
+    n = rows_per_vector(a, row, end);
     const int64_t first = first_of(a, row);
     if (a.inner == 1) {
       n = 1;

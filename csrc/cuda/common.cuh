@@ -47,8 +47,8 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 // Blocks for `items` of work, `per_block` of them at a time, where a block strides on to its next
 // items: no more than fill the device a few times over, so that no size is too large for a grid.
 inline unsigned striding_grid(int64_t items, int64_t per_block) {
-  const int64_t wanted = ceil_div(items, per_block), most = int64_t{32} * multiprocessors();
-  return static_cast<unsigned>(wanted < most ? wanted : most);
+  const int64_t wanted = ceil_div(items, per_block), max_blocks = int64_t{32} * multiprocessors();
+  return static_cast<unsigned>(wanted < max_blocks ? wanted : max_blocks);
 }
 // This thread's place in such a grid, and the distance to its next.
 __device__ inline int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
@@ -90,7 +90,8 @@ struct Max {  // a NaN wins
 // Of all lanes of a warp, in an order that does not change; every lane gets it.
 template <class F>
 __device__ float over_warp(float x, const F& f) {
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, apart));
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    x = f(x, __shfl_xor_sync(kAllLanes, x, distance));
   return x;
 }
 

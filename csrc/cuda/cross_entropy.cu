@@ -19,7 +19,9 @@ __device__ void spread(const Rows<T>& a, const S& s, int i, float (&g)[P]) {
   for (int j = 0; j < P; ++j) {
     g[j] = 0;
     if (!s.has(c + j)) continue;
-    g[j] = a.probabilities ? fmaf(a.keep, to_float(t.values[j]), a.even) : a.even;
+    g[j] = a.probabilities
+               ? fmaf(a.one_minus_smoothing, to_float(t.values[j]), a.smoothing_per_class)
+               : a.smoothing_per_class;
     if (a.weight) g[j] *= to_float(a.weight[c + j]);
   }
 }
@@ -49,7 +51,9 @@ __global__ void __launch_bounds__(kTeam == Team::kBlock ? kLongThreads : kThread
   const bool ignored = real && a.ignores(s.row), known = target >= 0 && target < a.C;
   const bool none = real && a.target && !ignored && !known;
   const int t = known && !ignored ? static_cast<int>(target) : -1;
-  const float g_t = t < 0 ? 0 : a.weight ? a.keep * to_float(a.weight[t]) : a.keep;
+  const float g_t = t < 0      ? 0
+                    : a.weight ? a.one_minus_smoothing * to_float(a.weight[t])
+                               : a.one_minus_smoothing;
   if (none && a.no_class) raise_flag(a.no_class);
   const int packs = s.packs;
   if (ignored) s.packs = s.end = 0;  // not even read
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kTeam == Team::kBlock ? kLongThreads : kThread
 
   const float by = divisor(a, counts), scale = none ? NAN : 1 / by;
   const float to_p = scale * ((g_sum + g_t) / sum);
-  float far = 0;  // sum_c g[c] * (top - x[c]), but for the target's own
+  float other_loss = 0;  // sum_c g[c] * (top - x[c]), but for the target's own
 #pragma unroll 1
   for (int i = s.index; (kSpread || a.grad) && i < s.packs; i += s.size) {
     Pack<T, P> v = i < a.cached ? s.cache(i, a.cached) : s.load(a.x, i);
@@ -90,20 +94,20 @@ __global__ void __launch_bounds__(kTeam == Team::kBlock ? kLongThreads : kThread
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       const float below = to_float(v.values[j]) - top;
-      if (kSpread && s.has(s.class_of(i) + j)) far -= g[j] * below;
+      if (kSpread && s.has(s.class_of(i) + j)) other_loss -= g[j] * below;
       if (j == to_target) g[j] += g_t;
       v.values[j] = from_float<T>(to_p * exp_of<T>(below) - scale * g[j]);
     }
     if (a.grad) s.store(v, a.grad, i);
   }
-  if constexpr (kSpread) far = s.all(far, Sum());
+  if constexpr (kSpread) other_loss = s.all(other_loss, Sum());
   if (ignored && a.grad)
     for (int i = s.index; i < packs; i += s.size) s.store(Pack<T, P>{}, a.grad, i);
 
   float loss = 0;
   if (real && !ignored && s.index == 0) {
     const float log_sum = logf(sum);
-    loss = g_sum * log_sum + far;
+    loss = g_sum * log_sum + other_loss;
     if (a.target)
       loss = none ? NAN : loss + g_t * (log_sum + (top - to_float(a.x[s.first + t * s.step])));
   }
@@ -174,8 +178,8 @@ Rows<T> rows_of(const CrossEntropy& a, const Plan& plan) {
           .loss = static_cast<T*>(a.loss),
           .grad = static_cast<T*>(a.grad),
           .no_class = a.no_class,
-          .keep = 1 - a.smoothing,
-          .even = a.smoothing / static_cast<float>(a.C),
+          .one_minus_smoothing = 1 - a.smoothing,
+          .smoothing_per_class = a.smoothing / static_cast<float>(a.C),
           .divisor = mean ? static_cast<float>(a.rows) : 1,
           .counts = nullptr,
           .count_parts = 0,
@@ -200,12 +204,12 @@ Error main_pass(const Rows<T>& a, const Plan& plan, Stream stream) {
 }  // namespace
 
 int64_t cross_entropy_workspace(int64_t rows, int64_t C, int64_t inner) {
-  int64_t most = 0;  // of any type
+  int64_t max_floats = 0;  // of any type
   for (const int bytes : {2, 4}) {
     const int64_t blocks = blocks_of(plan_of(C, inner, bytes), rows);
-    most = blocks > most ? blocks : most;
+    max_floats = blocks > max_floats ? blocks : max_floats;
   }
-  return kCounts + most;
+  return kCounts + max_floats;
 }
 
 Error cross_entropy(DType dtype, const CrossEntropy& args, float* workspace, Stream stream) {

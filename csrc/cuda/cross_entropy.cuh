@@ -21,9 +21,9 @@ struct Plan {
   int shared;  // bytes
 };
 
-inline int power_of_two(int64_t least, int most) {
+inline int power_of_two(int64_t min, int max) {
   int n = 1;
-  while (n < least && n < most) n *= 2;
+  while (n < min && n < max) n *= 2;
   return n;
 }
 
@@ -52,9 +52,9 @@ struct Rows {
   int64_t rows, C, inner, ignore_index;
   T *loss, *grad;
   int* no_class;
-  float keep, even;     // of the target, and what every class gets
-  float divisor;        // of the loss, where there are no counts
-  const float* counts;  // whose sum it is otherwise
+  float one_minus_smoothing, smoothing_per_class;  // of the target, and what every class gets
+  float divisor;                                   // of the loss, where there are no counts
+  const float* counts;                             // whose sum it is otherwise
   int count_parts;
   float* partials;  // of the loss, one a block; or null: the rows' own
   int members, cached;
@@ -143,8 +143,8 @@ struct Share {
   __device__ float all(float x, const F& f) const {
     float* shared = reinterpret_cast<float*>(shared_memory());
     if constexpr (kTeam == Team::kLanes) {
-      for (int apart = size / 2; apart > 0; apart /= 2)
-        x = f(x, __shfl_xor_sync(kAllLanes, x, apart));
+      for (int distance = size / 2; distance > 0; distance /= 2)
+        x = f(x, __shfl_xor_sync(kAllLanes, x, distance));
       return x;
     } else if constexpr (kTeam == Team::kBlock) {
       __syncthreads();  // the last one is read

@@ -71,13 +71,13 @@ inline bool has_kernel(const Window& window, const Tensor& input) {
 
 inline SymInt output_size(const Window& window, int i, const SymInt& in) {
   const PoolAxis a = window.axis(i, 0, 0);
-  const int64_t span = (a.kernel - 1) * a.dilation + 1, up = window.ceil_mode ? a.stride - 1 : 0;
+  const int64_t span = (a.kernel - 1) * a.dilation + 1, extra = window.ceil_mode ? a.stride - 1 : 0;
   TORCH_CHECK(in.is_symbolic() || in.expect_int() < INT64_MAX / 2, window.op,
               ": input must be smaller, got a side of ", in);
-  TORCH_CHECK(in >= 1 && in + (2 * a.pad + up) >= span, window.op,
+  TORCH_CHECK(in >= 1 && in + (2 * a.pad + extra) >= span, window.op,
               ": Output size is too small: input and padding must hold a window, of ", span,
               ", got ", in, " and padding ", a.pad);
-  const SymInt out = (in + (2 * a.pad - span + up)) / a.stride + 1;
+  const SymInt out = (in + (2 * a.pad - span + extra)) / a.stride + 1;
   // With ceil_mode the last window still starts inside the input or the padding before it.
   return window.ceil_mode && (out - 1) * a.stride >= in + a.pad ? out - 1 : out;
 }

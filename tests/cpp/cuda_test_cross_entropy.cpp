@@ -13,7 +13,7 @@ constexpr int64_t kIgnored = 1000000;
 struct Options {
   bool classes, weighted, grad;
   float smoothing;
-  Reduction reduction;
+  Reduction reduction = Reduction::kMean;
   int64_t skip = 0;            // elements from where x and grad are aligned
   bool apart = false;          // grad lies elsewhere between 16 bytes than x
   bool ignores_class = false;  // ignore_index is in [0, C)

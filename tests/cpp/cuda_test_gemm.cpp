@@ -204,16 +204,17 @@ const CudaTest plan_test("gemm: plan, tiles and workspace", [] {
     }
     for (const int times : seen) wrong += times != 1;
   }
-  // Offsets beyond 2^31 numbers: C's parts, and the last line of an operand.
+  // Offsets beyond 2^31 numbers: C's parts, and the last run of an operand.
   const cuda::Parts parts = cuda::parts_of({true, 64}, 100'000, 100'000, nullptr);
   wrong += parts.bytes() != 64 * (parts.rows * parts.cols + parts.rows) * 4;
   wrong += parts.bytes() < int64_t{64} * 100'000 * 100'000 * 4;
   char any;
   const cuda::MatrixSource<cuda::bf16, true> source = {reinterpret_cast<cuda::bf16*>(&any), 100'000,
                                                        100'000, 100'000, 16};
-  const auto run = source.run(source.line(99'999), source.at(99'996));
-  wrong += reinterpret_cast<const char*>(run.from) - &any != 2 * (99'999ll * 100'000 + 99'996);
-  return wrong + (run.valid != 4) + (source.run(source.line(100'000), source.at(0)).valid != 0);
+  const auto access = source.access(source.run(99'999), source.at(99'996));
+  wrong += reinterpret_cast<const char*>(access.from) - &any != 2 * (99'999ll * 100'000 + 99'996);
+  return wrong + (access.valid != 4) +
+         (source.access(source.run(100'000), source.at(0)).valid != 0);
 });
 
 }  // namespace

@@ -109,15 +109,15 @@ struct Blocking {
     const auto floats = [&](int64_t r, int64_t c) {
       return Span(conv.h, 0, r).size() * Span(conv.w, 0, c).size() * conv.x.C + r * c * conv.K;
     };
-    const int64_t even = conv.on_store.argmax ? 2 : 1;  // whole windows of the pool
+    const int64_t multiple = conv.on_store.argmax ? 2 : 1;  // whole windows of the pool
     cols = conv.w.out;
     while (cols > kDepth ||
            (cols > 2 * kTileRows * conv.w.input_dilation && floats(1, cols) > kWide))
-      cols = round_up((cols + 1) / 2, even);
-    rows = even;
-    while (rows < conv.h.out && floats(rows + even, cols) <= kBlock) rows += even;
+      cols = round_up((cols + 1) / 2, multiple);
+    rows = multiple;
+    while (rows < conv.h.out && floats(rows + multiple, cols) <= kBlock) rows += multiple;
     const int64_t count_h = ceil_div(conv.h.out, rows);
-    rows = round_up(ceil_div(conv.h.out, count_h), even);
+    rows = round_up(ceil_div(conv.h.out, count_h), multiple);
     count_w = ceil_div(conv.w.out, cols);
     count = count_h * count_w;
     x_floats = round_up(Span(conv.h, 0, rows).size() * Span(conv.w, 0, cols).size() * conv.x.C);

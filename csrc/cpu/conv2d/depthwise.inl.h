@@ -72,12 +72,11 @@ static int64_t depthwise_sum_floats(const Conv2d& conv) {
 // f(g, lanes, j, i, kh, at): the taps of row kh, for groups [g, g + lanes) of a panel, are
 // at[tap * kTileCols + lane] of the weights, of panels that are `beside` floats from each other.
 template <class F>
-static void each_tap_row(const Conv2d& conv, int64_t begin, int64_t end, int64_t beside,
-                         const F& f) {
+static void each_tap_row(const Conv2d& conv, int64_t begin, int64_t end, int64_t gap, const F& f) {
   const int64_t c = conv.x.C / conv.groups, k = conv.K / conv.groups;
-  int64_t at = begin * (depthwise_weights(conv) + beside);
+  int64_t at = begin * (depthwise_weights(conv) + gap);
   for (int64_t g = begin * kTileCols; g < min(end * kTileCols, conv.groups);
-       g += kTileCols, at += beside)
+       g += kTileCols, at += gap)
     for (int64_t j = 0; j < k; ++j)
       for (int64_t i = 0; i < c; ++i)
         for (int64_t kh = 0; kh < conv.h.taps; ++kh, at += conv.w.taps * kTileCols)

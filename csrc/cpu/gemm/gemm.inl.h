@@ -60,10 +60,10 @@ static void sum_columns(View a, int64_t rows, int64_t depth, float* sums, bool a
     const int64_t lanes = min(rows - i, Vec::kWidth);
     Vec total = Vec::zero();
     for (int64_t k = 0; k < depth;) {
-      Vec part = Vec::zero();
+      Vec short_sum = Vec::zero();
       for (const int64_t end = min(depth, k + 16); k < end; ++k)
-        part = part + load(a.p + k * a.col + i, lanes);
-      total = total + part;
+        short_sum = short_sum + load(a.p + k * a.col + i, lanes);
+      total = total + short_sum;
     }
     if (add) total = total + load(sums + i, lanes);
     store(total, sums + i, lanes);

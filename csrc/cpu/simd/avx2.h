@@ -27,19 +27,19 @@ struct Vec {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   // Four, two and one at a time: a masked store takes AMD's processors four times as long.
   void store(float* p, int64_t n) const {
-    __m128 part = _mm256_castps256_ps128(v);
+    __m128 rest = _mm256_castps256_ps128(v);
     if (n == kWidth) return store(p);
     if (n & 4) {
-      _mm_storeu_ps(p, part);
-      part = _mm256_extractf128_ps(v, 1);
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
       p += 4;
     }
     if (n & 2) {
-      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
-      part = _mm_movehl_ps(part, part);
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
       p += 2;
     }
-    if (n & 1) _mm_store_ss(p, part);
+    if (n & 1) _mm_store_ss(p, rest);
   }
   static Vec load(const BFloat16* p, int64_t n = kWidth) {
     const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(&p->bits, n)), 16);

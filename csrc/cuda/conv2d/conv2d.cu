@@ -164,7 +164,7 @@ class Passes {
     return p.to;
   }
   // The weights as they are.
-  Filter filter(const void* weight, bool gradient) const {
+  WeightView filter(const void* weight, bool gradient) const {
     const View v = view(weight, 1, C_, c_.h.taps, c_.w.taps, c_.weight_channels_last);
     const int64_t so = gradient ? v.sc : v.sn, si = gradient ? v.sn : v.sc;
     return {weight, K_ * v.sn, so, si, v.sh, v.sw};

@@ -11,7 +11,7 @@ constexpr int kDirectTerms = 64;  // of each sum at a time, with their weights s
 struct Direct {
   Pass pass;
   View x;
-  Filter filter;
+  WeightView filter;
   Finish finish;
   Divider by_summed;
   int lanes;           // threads along the channels, a power of two of at most 8
@@ -19,7 +19,7 @@ struct Direct {
   int channel_tiles;   // a group
   int64_t row_tiles;   // a gather
 
-  Direct(const Pass& pass, const View& x, const Filter& filter, const Finish& finish)
+  Direct(const Pass& pass, const View& x, const WeightView& filter, const Finish& finish)
       : pass(pass), x(x), filter(filter), finish(finish), by_summed(pass.summed), lanes(1) {
     while (lanes < 8 && lanes * kDirectChannels < pass.written) lanes *= 2;
     channels_last = finish.y.sc == 1;

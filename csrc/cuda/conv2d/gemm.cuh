@@ -26,7 +26,7 @@ struct Windows {
   Divider by_channels;
 
   // Offsets wrap where a window begins outside of its image; their sum is right where it is inside.
-  struct Line {
+  struct Run {
     uint32_t offset;
     int h, w;
   };
@@ -53,7 +53,7 @@ struct Windows {
   __device__ bool is_row(const Place& p) const {
     return p.n < rows.images && p.a < piece.h.count && p.b < piece.w.count;
   }
-  __device__ Line line(int64_t i) const {
+  __device__ Run run(int64_t i) const {
     const Place p = rows.place(pass, static_cast<int>(i));
     const int h = piece.h.input(p.a), w = piece.w.input(p.b);
     return {p.n * image + h * sh + w * sw, (kKInner ? is_row(p) : i < size) ? h : kOutside, w};
@@ -65,11 +65,11 @@ struct Windows {
     const int h = th * piece.h.step, w = tw * piece.w.step;
     return {h * sh + w * sw + c, j < numbers ? h : kOutside, w};
   }
-  __device__ Run<T> run(const Line& line, const At& at) const {
+  __device__ Access<T> access(const Run& run, const At& at) const {
     // kOutside twice is -2^31, which no int is below.
-    const int h = line.h + at.h, w = line.w + at.w;
+    const int h = run.h + at.h, w = run.w + at.w;
     if (!piece.h.inside(h) || !piece.w.inside(w)) return {x, 0};
-    return {x + (line.offset + at.offset), Pack<T>::kSize};
+    return {x + (run.offset + at.offset), Pack<T>::kSize};
   }
 };
 
@@ -86,10 +86,10 @@ struct GradientWeights {
   int taps_w, summed, padded, of_output, size;  // of_output: weights an o; size: lines
   Divider by_summed;                            // padded
 
-  using Line = int;  // where it begins, -1 where there is none
+  using Run = int;  // where it begins, -1 where there is none
   using At = int;
 
-  __device__ Line line(int64_t i) const {
+  __device__ Run run(int64_t i) const {
     const int tap = by_summed.divide(static_cast<int>(i));
     const int o = by_summed.remainder(static_cast<int>(i), tap);
     if (i >= size || o >= summed) return -1;
@@ -98,9 +98,9 @@ struct GradientWeights {
     return o * of_output + (h * taps_w + w) * padded;
   }
   __device__ At at(int64_t j) const { return static_cast<int>(j); }
-  __device__ Run<T> run(Line line, At at) const {
-    if (line < 0 || at >= padded) return {weight, 0};
-    return {weight + (line + at), Pack<T>::kSize};
+  __device__ Access<T> access(Run run, At at) const {
+    if (run < 0 || at >= padded) return {weight, 0};
+    return {weight + (run + at), Pack<T>::kSize};
   }
 };
 
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 template <class T, Math kMath>
 constexpr bool kSlow = sizeof(T) == 4 && kMath == Math::kExact;
 template <class T, Math kMath>
-using NarrowTile =
+using SmallTile =
     std::conditional_t<sizeof(T) == 4, Tile<128, 64, 32, 32, 4, kSlow<T, kMath> ? 1 : 2>,
                        Tile<128, 64, 64, 32, 4, 2>>;
 template <class T, bool kGradient>
@@ -270,7 +270,7 @@ Error with_math(bool allow_tf32, const F& f) {
 template <class T, bool kGradient>
 Error gemm_pass_of(GemmPass& g, bool allow_tf32, Stream stream) {
   return with_math<T>(allow_tf32, [&](auto math) {
-    const auto run = [&]<class Tile>(Tile) {
+    const auto launch_tile = [&]<class Tile>(Tile) {
       g.channel_tiles = static_cast<int>(ceil_div(g.pass.written, Tile::kN));
       const int64_t tiles =
           ceil_div(g.pass.rows(), Tile::kM) * g.pass.gathers() * g.pass.groups * g.channel_tiles;
@@ -278,8 +278,8 @@ Error gemm_pass_of(GemmPass& g, bool allow_tf32, Stream stream) {
                     Tile::kThreads, Tile::kShared, stream, g);
     };
     if constexpr (!kSlow<T, math()>)
-      if (g.pass.written > 64) return run(WideTile<T, kGradient>());
-    return run(NarrowTile<T, math()>());
+      if (g.pass.written > 64) return launch_tile(WideTile<T, kGradient>());
+    return launch_tile(SmallTile<T, math()>());
   });
 }
 template <class T>
@@ -299,7 +299,7 @@ template <class T>
 Error gemm_weight(GemmWeight g, bool allow_tf32, Stream stream) {
   const int64_t columns = int64_t{g.pass.h.taps} * g.pass.w.taps * g.padded_C;
   return with_math<T>(allow_tf32, [&](auto math) {
-    const auto run = [&]<class Tile>(Tile) {
+    const auto launch_tile = [&]<class Tile>(Tile) {
       g.row_tiles = static_cast<int>(ceil_div(g.pass.written, Tile::kM));
       g.column_tiles = static_cast<int>(ceil_div(columns, Tile::kN));
       const int64_t blocks = int64_t{g.row_tiles} * g.column_tiles * g.pass.groups * g.splits;
@@ -307,8 +307,8 @@ Error gemm_weight(GemmWeight g, bool allow_tf32, Stream stream) {
                     Tile::kThreads, Tile::kShared, stream, g);
     };
     if constexpr (!kSlow<T, math()>)
-      if (g.pass.written > 64) return run(WideTile<T, false>());
-    return run(WeightTile());
+      if (g.pass.written > 64) return launch_tile(WideTile<T, false>());
+    return launch_tile(WeightTile());
   });
 }
 

@@ -209,16 +209,16 @@ constexpr int kSumRows = 8;  // threads that share a sum
 template <class T>
 __global__ void __launch_bounds__(kWarp* kSumRows) sum_kernel(const __grid_constant__ Summing s) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
-  const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t width = s.outer * s.taps * s.padded;
   const int64_t at = int64_t{blockIdx.x} * kWarp + lane;
   float sum = 0;
   if (at < width)
 #pragma unroll 8
-    for (int row = part; row < s.rows; row += kSumRows) sum += s.partials[row * width + at];
+    for (int row = warp; row < s.rows; row += kSumRows) sum += s.partials[row * width + at];
   shared[threadIdx.x] = sum;
   __syncthreads();
-  if (part != 0 || at >= width) return;
+  if (warp != 0 || at >= width) return;
 #pragma unroll
   for (int i = 1; i < kSumRows; ++i) sum += shared[i * kWarp + lane];
   const int64_t rest = at / s.padded, o = rest / s.taps;

@@ -32,7 +32,7 @@ struct PassAxis {
   int residues = 1;  // gathers of this axis
   int rows;          // the most outputs of one
   int common = 1, period = 1, inverse = 0;
-  Divider by_most_taps, by_fewer_taps;  // all gathers have one number of taps or the other, or none
+  Divider by_max_taps, by_fewer_taps;  // all gathers have one number of taps or the other, or none
 
   PassAxis(const ConvAxis& a, bool gradient)
       : in(static_cast<int>(a.in)),
@@ -56,14 +56,14 @@ struct PassAxis {
       }
       inverse = static_cast<int>((t % period + period) % period);
     }
-    const int64_t most = ceil_div(taps, period);
-    by_most_taps = Divider(most);
-    by_fewer_taps = Divider(most > 1 ? most - 1 : 1);
+    const int64_t max_taps = ceil_div(taps, period);
+    by_max_taps = Divider(max_taps);
+    by_fewer_taps = Divider(max_taps > 1 ? max_taps - 1 : 1);
   }
 
   // Where it is known that there is but one, most of it stays in the kernel's parameters.
   __device__ __forceinline__ Gather gather(int residue, bool gradient) const {
-    if (!gradient) return {out, 0, 1, in, stride, -pad, dilation, taps, 0, 1, by_most_taps};
+    if (!gradient) return {out, 0, 1, in, stride, -pad, dilation, taps, 0, 1, by_max_taps};
     Gather g = {};
     g.count = (in - residue + stride - 1) / stride, g.first = residue, g.every = stride;
     g.in = out, g.stride = 1, g.step = -(dilation / common), g.tap_step = period;
@@ -73,7 +73,7 @@ struct PassAxis {
     if (g.tap >= taps) return g;
     g.taps = (taps - 1 - g.tap) / period + 1;
     g.base = (from - g.tap * dilation) / stride;  // exact
-    g.by_taps = g.taps == static_cast<int>(by_most_taps.divisor) ? by_most_taps : by_fewer_taps;
+    g.by_taps = g.taps == static_cast<int>(by_max_taps.divisor) ? by_max_taps : by_fewer_taps;
     return g;
   }
 };
@@ -92,7 +92,7 @@ inline View view(const void* data, int64_t groups, int64_t channels, int64_t H, 
 }
 
 // Where the weights of written channel o and summed channel i of a group are.
-struct Filter {
+struct WeightView {
   const void* data;
   int64_t sg, so, si, sh, sw;
 };

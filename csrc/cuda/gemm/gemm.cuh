@@ -87,16 +87,16 @@ __device__ __forceinline__ void multiply_step(Acc& acc, const A& a, const unsign
   constexpr bool kExactFloat = sizeof(T) == 4 && kMath != Math::kTF32;
   [[maybe_unused]] constexpr int kUnroll = kExactFloat ? 1 : 4;
 #pragma unroll kUnroll
-  for (int part = 0; part < 4; ++part) {
+  for (int k_chunk = 0; k_chunk < 4; ++k_chunk) {
     uint32_t columns[Acc::kJ][2];
 #pragma unroll
     for (int j = 0; j < Acc::kJ; j += 2) {
       uint32_t r[4];
-      b.load(r, b_tile, j / 2, part);
+      b.load(r, b_tile, j / 2, k_chunk);
       columns[j][0] = r[0], columns[j + 1][0] = r[1];
       columns[j][1] = r[2], columns[j + 1][1] = r[3];
     }
-    const auto rows = [&](uint32_t (&r)[4], int i) { a.load(r, a_tile, i, part); };
+    const auto rows = [&](uint32_t (&r)[4], int i) { a.load(r, a_tile, i, k_chunk); };
     multiply_add<T, kMath>(acc.c, rows, columns);
     if constexpr (Acc::kSums) {
       const uint32_t ones[1][2] = {{kOnes<T>, kOnes<T>}};  // a column of them sums the rows

@@ -22,7 +22,7 @@ inline Plan choose(int64_t M, int64_t N, int64_t K, double rate, int step, int s
   constexpr int64_t kLeastSteps = 3, kMostSplits = 64;
   const int64_t steps = ceil_div(K, step);
   Plan best = {false, 1};
-  double least = 1e300;
+  double best_time = 1e300;
   for (const bool large : {false, true}) {
     const int64_t side = large ? 128 : 64;
     const double tiles = static_cast<double>(ceil_div(M, side)) * ceil_div(N, side);
@@ -34,7 +34,7 @@ inline Plan choose(int64_t M, int64_t N, int64_t K, double rate, int step, int s
       const double waves = std::ceil(tiles * splits / sms);
       double time = std::max(waves * cycles, kStep) * ceil_div(steps, splits) + kBlock;
       if (splits > 1) time += kSecond + 8.0 * M * N * splits / kBytes;
-      if (time < least) least = time, best = {large, static_cast<int>(splits)};
+      if (time < best_time) best_time = time, best = {large, static_cast<int>(splits)};
     }
   }
   return best;

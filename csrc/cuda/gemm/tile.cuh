@@ -36,15 +36,15 @@ struct Tile {
 
 // Of 16 bytes in global memory those that are the operand's: from[0, valid). The rest counts as 0.
 template <class T>
-struct Run {
+struct Access {
   const T* from;
   int valid;
 };
 
-// An operand as a matrix in memory. This is what the tile asks of any operand: run(line(i), at(j))
-// is the 16 bytes of line i from number j on, a multiple of so many; both may be behind the end.
-// Lines are asked for once a tile and `at` once a step if kKInner, else the other way round, so
-// that an operand which is no matrix (the pixels under a window) works out little in a step.
+// An operand as a matrix in memory. This is what the tile asks of any operand: access(run(i),
+// at(j)) is the 16 bytes of run i from number j on, a multiple of so many; both may be behind the
+// end. Lines are asked for once a tile and `at` once a step if kKInner, else the other way round,
+// so that an operand which is no matrix (the pixels under a window) works out little in a step.
 template <class Type, bool kKInner_>
 struct MatrixSource {
   using T = Type;
@@ -52,59 +52,59 @@ struct MatrixSource {
   static constexpr int kPack = Pack<T>::kSize;
 
   const T* data;
-  int64_t stride, lines, size;  // from line to line; how many; numbers a line
-  int alignment;                // of every line, in bytes: 16, 4 or 2 (float: 16 or 4)
+  int64_t stride, runs, size;  // from run to run; how many; numbers a run
+  int alignment;               // of every run, in bytes: 16, 4 or 2 (float: 16 or 4)
 
   struct At {
     int64_t offset;
     int valid;
   };
-  using Line = const T*;  // null behind the last
+  using Run = const T*;  // null behind the last
 
-  __device__ Line line(int64_t i) const { return i < lines ? data + i * stride : nullptr; }
+  __device__ Run run(int64_t i) const { return i < runs ? data + i * stride : nullptr; }
   __device__ At at(int64_t j) const {
     const int64_t left = size - j;
     return {j, left <= 0 ? 0 : left < kPack ? static_cast<int>(left) : kPack};
   }
-  __device__ Run<T> run(Line line, const At& at) const {
-    if (!line || !at.valid) return {data, 0};
-    return {line + at.offset, at.valid};
+  __device__ Access<T> access(Run run, const At& at) const {
+    if (!run || !at.valid) return {data, 0};
+    return {run + at.offset, at.valid};
   }
 };
 
-// Where pack p (16 bytes) of line l lies: at place p ^ swizzle(l) of its line, so that 8 lines'
-// same packs (a matrix's rows) are in all banks, and 4 lines' same two packs where floats are read
+// Where pack p (16 bytes) of run r is: at p ^ swizzle(r) of its run, so that 8 runs'
+// same packs (a matrix's rows) are in all banks, and 4 runs' same two packs where floats are read
 // alone.
 template <class T, bool kKInner, int kOuter>
 struct Layout {
   static constexpr int kPack = Pack<T>::kSize, kStep = 128 / static_cast<int>(sizeof(T));
-  static constexpr int kLines = kKInner ? kOuter : kStep;
-  static constexpr int kPacks = (kKInner ? kStep : kOuter) / kPack;  // a line
+  static constexpr int kRuns = kKInner ? kOuter : kStep;
+  static constexpr int kPacks = (kKInner ? kStep : kOuter) / kPack;  // a run
 
-  __device__ static int at(int line, int pack) {  // in bytes
-    const int swizzle = !kKInner && sizeof(T) == 4 ? line % 4 * 2 : line % 8;
-    return (line * kPacks + (pack ^ swizzle)) * 16;
+  __device__ static int at(int run, int pack) {  // in bytes
+    const int swizzle = !kKInner && sizeof(T) == 4 ? run % 4 * 2 : run % 8;
+    return (run * kPacks + (pack ^ swizzle)) * 16;
   }
 };
 
 // Copies a block's part of an operand, kOuter rows from `outer` on, step by step.
-template <class Source, int kOuter, int kThreads>
+template <class Operand, int kOuter, int kThreads>
 class Loader {
-  using T = typename Source::T;
-  using L = Layout<T, Source::kKInner, kOuter>;
-  static constexpr bool kKInner = Source::kKInner;
-  static constexpr int kRows = kThreads / L::kPacks, kEach = L::kLines / kRows;  // lines
-  static_assert(kThreads % L::kPacks == 0 && L::kLines % kRows == 0);
+  using T = typename Operand::T;
+  using L = Layout<T, Operand::kKInner, kOuter>;
+  static constexpr bool kKInner = Operand::kKInner;
+  static constexpr int kRows = kThreads / L::kPacks, kEach = L::kRuns / kRows;  // runs
+  static_assert(kThreads % L::kPacks == 0 && L::kRuns % kRows == 0);
 
  public:
-  __device__ Loader(const Source& source, int64_t outer)
+  __device__ Loader(const Operand& source, int64_t outer)
       : source_(source),
         outer_(outer),
         row_(static_cast<int>(threadIdx.x) / L::kPacks),
         pack_(static_cast<int>(threadIdx.x) % L::kPacks) {
     if constexpr (kKInner) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) lines_[i] = source.line(outer + row_ + i * kRows);
+      for (int i = 0; i < kEach; ++i) runs_[i] = source.run(outer + row_ + i * kRows);
     } else {
       at_ = source.at(outer + pack_ * L::kPack);
     }
@@ -115,47 +115,49 @@ class Loader {
       const auto at = kKInner ? source_.at(k + pack_ * L::kPack) : at_;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const int line = row_ + i * kRows;
-        const Run<T> run =
-            source_.run(kKInner ? lines_[kKInner ? i : 0] : source_.line(k + line), at);
-        copy_async<16>(tile + L::at(line, pack_), run.from,
-                       run.valid * static_cast<int>(sizeof(T)));
+        const int run = row_ + i * kRows;
+        const Access<T> access =
+            source_.access(kKInner ? runs_[kKInner ? i : 0] : source_.run(k + run), at);
+        copy_async<16>(tile + L::at(run, pack_), access.from,
+                       access.valid * static_cast<int>(sizeof(T)));
       }
     } else {
 #pragma unroll 1
-      for (int line = row_; line < L::kLines; line += kRows) {
+      for (int run = row_; run < L::kRuns; run += kRows) {
         const int64_t i = kKInner ? outer_ : k, j = kKInner ? k : outer_;
-        put(tile + L::at(line, pack_),
-            source_.run(source_.line(i + line), source_.at(j + pack_ * L::kPack)));
+        put(tile + L::at(run, pack_),
+            source_.access(source_.run(i + run), source_.at(j + pack_ * L::kPack)));
       }
     }
   }
 
  private:
   // 16 bytes that are not aligned to as many.
-  __device__ void put(unsigned char* to, const Run<T>& run) const {
+  __device__ void put(unsigned char* to, const Access<T>& access) const {
     if (source_.alignment == 4) {
       constexpr int kPer = 4 / sizeof(T);
 #pragma unroll
       for (int i = 0; i < L::kPack; i += kPer) {
-        const int valid = run.valid - i < 0 ? 0 : run.valid - i < kPer ? run.valid - i : kPer;
-        copy_async<4>(to + i * sizeof(T), valid ? run.from + i : run.from,
+        const int valid = access.valid - i < 0      ? 0
+                          : access.valid - i < kPer ? access.valid - i
+                                                    : kPer;
+        copy_async<4>(to + i * sizeof(T), valid ? access.from + i : access.from,
                       valid * static_cast<int>(sizeof(T)));
       }
     } else {  // seen by the others after the barrier that the next step begins with
       Pack<T> pack;
 #pragma unroll
       for (int i = 0; i < L::kPack; ++i)
-        pack.values[i] = i < run.valid ? run.from[i] : from_float<T>(0);
+        pack.values[i] = i < access.valid ? access.from[i] : from_float<T>(0);
       *reinterpret_cast<Pack<T>*>(to) = pack;
     }
   }
 
-  const Source source_;
+  const Operand source_;
   const int64_t outer_;
   const int row_, pack_;
-  typename Source::Line lines_[kKInner ? kEach : 1];
-  typename Source::At at_;
+  typename Operand::Run runs_[kKInner ? kEach : 1];
+  typename Operand::At at_;
 };
 
 // Reads a warp's part of an operand, the rows from `outer` on, out of shared memory. load(r, i,
@@ -181,16 +183,16 @@ class Fragments {
   // A swizzle is linear: at(l, p ^ q) = at(l, p) ^ 16 q. So a lane needs one offset, and numbers
   // known to the compiler.
   __device__ __forceinline__ void load(uint32_t (&r)[4], const unsigned char* tile, int i,
-                                       int part) const {
-    constexpr int kLine = L::kPacks * 16;
+                                       int k_chunk) const {
+    constexpr int kRunBytes = L::kPacks * 16;
     if constexpr (kKInner) {
-      load_matrices(r, tile + i * 16 * kLine + (offset_ ^ part * 32));
+      load_matrices(r, tile + i * 16 * kRunBytes + (offset_ ^ k_chunk * 32));
     } else if constexpr (kMatrices) {
-      load_matrices_transposed(r, tile + part * 16 * kLine + (offset_ ^ i * 32));
+      load_matrices_transposed(r, tile + k_chunk * 16 * kRunBytes + (offset_ ^ i * 32));
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        r[j] = *reinterpret_cast<const uint32_t*>(tile + (8 * part + j / 2 * 4) * kLine +
+        r[j] = *reinterpret_cast<const uint32_t*>(tile + (8 * k_chunk + j / 2 * 4) * kRunBytes +
                                                   (offset_ ^ (i * 64 + j % 2 * 32)));
     }
   }

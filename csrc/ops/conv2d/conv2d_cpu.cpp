@@ -25,13 +25,13 @@ double flops(const Geometry& g) {
 using Pass = c10::function_ref<void(int64_t, int64_t, int64_t, float*)>;
 void parallel_units(int64_t units, int64_t panels, int64_t floats, double flops, Pass f) {
   // Where there are few, several threads share one, each with some of its panels.
-  const int64_t parts = std::clamp<int64_t>(2 * at::get_num_threads() / units, 1, panels);
-  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (units * parts) + 1));
-  parallel_chunks(units * parts, grain, [&](int64_t begin, int64_t end) {
+  const int64_t shares = std::clamp<int64_t>(2 * at::get_num_threads() / units, 1, panels);
+  const auto grain = static_cast<int64_t>(1 + 2e6 / (flops / (units * shares) + 1));
+  parallel_chunks(units * shares, grain, [&](int64_t begin, int64_t end) {
     float* const memory = scratch(floats);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % parts;
-      f(i / parts, panels * part / parts, panels * (part + 1) / parts, memory);
+      const int64_t share = i % shares;
+      f(i / shares, panels * share / shares, panels * (share + 1) / shares, memory);
     }
   });
 }

@@ -16,9 +16,9 @@ struct Product {
   // would leave lanes of a tile empty, tip the scales in the same way. Narrow numbers are
   // to_float32 once to be packed, but here for every few rows.
   bool dots() const {
-    const int64_t least = a.dtype == DType::kFloat32 ? 24 : 32;
+    const int64_t min_k = a.dtype == DType::kFloat32 ? 24 : 32;
     return a.col == 1 && b.col == 1 && !a.relu_y && !out.row_sums && N > 0 &&
-           K >= least * (N < 16 ? std::min(M, N) : M);
+           K >= min_k * (N < 16 ? std::min(M, N) : M);
   }
   // In multiply-adds. Those that wait for memory count for more: 8 a number.
   double work() const {

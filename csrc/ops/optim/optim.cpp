@@ -35,7 +35,7 @@ void check_like_param(const OptimLists& a, const char* name, size_t i, const Ten
                               "] must be of a real floating dtype, got ", t.scalar_type());
 }
 
-bool lie_alike(const Tensor& a, const Tensor& b) {
+bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.strides() == b.strides()) return true;
   for (int64_t dim = 0; dim < a.dim(); ++dim)
     if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
@@ -73,14 +73,14 @@ void check_no_grad(const OptimLists& a) {
                   "torch.no_grad(), got such a one in ", list.name);
 }
 
-bool lie_as_params(const OptimLists& a) {
+bool have_layout_of_params(const OptimLists& a) {
   std::vector<const void*> memory;
   for (size_t i = 0; i < a.params().size(); ++i) {
     const Tensor& param = a.params()[i];
     if (!param.is_non_overlapping_and_dense()) return false;
     if (param.numel()) memory.push_back(param.const_data_ptr());
     for (const auto& list : a.lists)
-      if (list.wanted && !list.scalars && !lie_alike(param, list.tensors[i])) return false;
+      if (list.wanted && !list.scalars && !same_layout(param, list.tensors[i])) return false;
   }
   std::sort(memory.begin(), memory.end());
   return std::adjacent_find(memory.begin(), memory.end()) == memory.end();
@@ -118,20 +118,20 @@ OptimRuns::OptimRuns(const OptimLists& a, bool maximize, double weight_decay) {
 }
 
 const float* OptimRuns::read(const Tensor& order, const Tensor& t) {
-  if (lie_alike(order, t)) return t.const_data_ptr<float>();
+  if (same_layout(order, t)) return t.const_data_ptr<float>();
   kept_.push_back(at::empty_like(order).copy_(t));
   return kept_.back().const_data_ptr<float>();
 }
 
 float* OptimRuns::written(const Tensor& order, const Tensor& t) {
-  if (lie_alike(order, t)) return t.mutable_data_ptr<float>();
+  if (same_layout(order, t)) return t.mutable_data_ptr<float>();
   back_.emplace_back(t, at::empty_like(order).copy_(t));
   return back_.back().second.mutable_data_ptr<float>();
 }
 
 // Step after step it is the same memory: what was found apart once is not sorted again.
 bool OptimRuns::overlap() const {
-  thread_local std::vector<std::pair<const float*, const float*>> apart;
+  thread_local std::vector<std::pair<const float*, const float*>> known_disjoint;
   std::vector<std::pair<const float*, const float*>> memory;
   memory.reserve(5 * tensors_.size());
   for (size_t i = 0; i < tensors_.size(); ++i)
@@ -142,12 +142,12 @@ bool OptimRuns::overlap() const {
       for (const float* state : t.state)
         if (state) memory.emplace_back(state, state + n);
     }
-  if (memory == apart) return false;
+  if (memory == known_disjoint) return false;
   auto sorted = memory;
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 1; i < sorted.size(); ++i)
     if (sorted[i].first < sorted[i - 1].second) return true;
-  apart = std::move(memory);
+  known_disjoint = std::move(memory);
   return false;
 }
 

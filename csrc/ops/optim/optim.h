@@ -50,7 +50,7 @@ void check_no_grad(const OptimLists& a);
 
 // Whether each parameter is one run of memory, no two of them the same, and its gradient and states
 // have its strides: then a kernel may take them as they are, at once and in any order.
-bool lie_as_params(const OptimLists& a);
+bool have_layout_of_params(const OptimLists& a);
 
 // A backward pass that saved any of these must notice (torch's own fused steps on the CPU forget).
 void bump_versions(const OptimLists& a);
@@ -223,7 +223,7 @@ struct OptimOp<Optimizer, std::index_sequence<L...>, std::tuple<S...>> {
   static void cuda(const Optimizer& o, const OptimLists& a) {
     check_lists(a);
     if constexpr (kCuda)
-      if (a.all(is_plain) && lie_as_params(a) && o.step_cuda(a)) {
+      if (a.all(is_plain) && have_layout_of_params(a) && o.step_cuda(a)) {
         stats.kernel_ran();
         return bump_versions(a);
       }

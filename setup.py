@@ -104,8 +104,11 @@ def build_command(include: list) -> type:
             shutil.copy2("csrc/ops/core/torch_headers.h", header)
             if not precompiled.exists() or precompiled.stat().st_mtime < header.stat().st_mtime:
                 # Unchecked: without it, or with another compiler, the build takes longer, no more.
-                command = [*compiler, *include, "-w", "-xc++-header", header, "-o", precompiled]
-                subprocess.run(command)
+                command = [*compiler, *include, "-w", "-xc++-header", header, "-o"]
+                # Renamed when it is whole: GCC crashes on half of one.
+                unfinished = precompiled.with_suffix(".unfinished")
+                if subprocess.run([*command, unfinished]).returncode == 0:
+                    unfinished.replace(precompiled)
             self.extensions[0].include_dirs.insert(0, str(header.parents[2]))
 
         def run(self):

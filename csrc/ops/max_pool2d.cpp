@@ -111,7 +111,7 @@ struct MaxPool2dForward : Op<MaxPool2dForward, TensorPair(const Tensor&, IntArra
   static TensorPair meta(const Args& a) {
     TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(a.window, a.input), kName, ": input must be dense ",
                                 kSupportedDTypes, " and windows of at most 255 elements, got ",
-                                a.input.scalar_type(), " and windows of ", a.window.pair(0));
+                                a.input.scalar_type(), " and windows of ", a.window.kernel_size());
     return {new_output(a.window, a.input, a.input.scalar_type()),
             new_output(a.window, a.input, at::kByte)};
   }
@@ -253,10 +253,11 @@ struct MaxPool2d
     const Window& w = a.window;
     check_no_empty_window(w, a.input);
     if constexpr (kIndices)
-      return at::max_pool2d_with_indices(a.input, w.pair(0), w.pair(2), w.pair(4), w.pair(6),
-                                         w.ceil_mode);
+      return at::max_pool2d_with_indices(a.input, w.kernel_size(), w.stride(), w.padding(),
+                                         w.dilation(), w.ceil_mode);
     else
-      return at::max_pool2d(a.input, w.pair(0), w.pair(2), w.pair(4), w.pair(6), w.ceil_mode);
+      return at::max_pool2d(a.input, w.kernel_size(), w.stride(), w.padding(), w.dilation(),
+                            w.ceil_mode);
   }
 
   static Result<kIndices> meta(const Args& a) {

@@ -60,7 +60,10 @@ struct Window {
   PoolAxis axis(int i, int64_t in, int64_t out) const {
     return {in, out, sizes[i], sizes[2 + i], sizes[4 + i], sizes[6 + i]};
   }
-  IntArrayRef pair(size_t at) const { return pair_of(sizes, at); }
+  IntArrayRef kernel_size() const { return pair_of(sizes, 0); }
+  IntArrayRef stride() const { return pair_of(sizes, 2); }
+  IntArrayRef padding() const { return pair_of(sizes, 4); }
+  IntArrayRef dilation() const { return pair_of(sizes, 6); }
   // A position in a window must fit a byte, and leave 255 for none.
   bool fits_argmax() const { return sizes[0] * sizes[1] <= kNoElement; }
 };
@@ -111,7 +114,7 @@ inline void check_argmax(const Window& window, const Tensor& argmax, SymIntArray
           (dim == 3 || dim == 4) && input_size.size() == 2 && window.fits_argmax(),
       window.op, ": argmax must be uint8 of ([N,] C, OH, OW), input_size (H, W) and windows ",
       "of at most 255 elements, got argmax ", argmax.scalar_type(), " of ", argmax.sym_sizes(),
-      ", input_size ", input_size, " and windows of ", IntArrayRef(window.sizes).slice(0, 2));
+      ", input_size ", input_size, " and windows of ", window.kernel_size());
   for (const int i : {0, 1}) {
     const SymInt expected = output_size(window, i, input_size[i]);
     TORCH_CHECK(argmax.sym_size(i - 2) == expected, window.op, ": argmax must have dimension ",

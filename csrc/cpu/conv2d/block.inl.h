@@ -8,6 +8,11 @@
 namespace dlkernels::cpu {
 namespace {
 
+// Channels [c, c + channels) of the pixels in rows [h, h + rows), columns [w, w + cols) of image n.
+struct Region {
+  int64_t n, h, rows, w, cols, c, channels;
+};
+
 // The gradient g of a pooled pixel as the pixels of one row of its window get it; either may be
 // null.
 template <class T>
@@ -22,10 +27,10 @@ static void unpool_pixel(const T* g, const uint8_t* argmax, int64_t row, int64_t
   }
 }
 
-// Row h of image n, pixels [w, w + cols), all inside, of a gradient that comes through a max-pool.
+// A region of one row, all inside the image, of a gradient that comes through a max-pool.
 template <class T>
-static void unpool_row(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t c,
-                       int64_t channels, int64_t pitch, float* to) {
+static void unpool_row(const ImageView& x, const Region& region, int64_t pitch, float* to) {
+  const auto [n, h, rows, w, cols, c, channels] = region;
   const T* row = static_cast<const T*>(x.data) + n * x.sn + h / 2 * x.sh + c * x.sc;
   const uint8_t* argmax = x.on_load.argmax + (n * (x.H / 2) + h / 2) * (x.W / 2) * x.C + c;
   // Planes: gradients first as they are, each where the left pixel of its window goes, if both go.
@@ -51,11 +56,12 @@ static void unpool_row(const ImageView& x, int64_t n, int64_t h, int64_t w, int6
 
 constexpr int64_t kAhead = 64;  // elements
 
-// Row h of image n, `cols` columns from w on, `step` apart, as to[j * pitch + i]: channel c + i for
-// i < channels, zeros beyond.
+// A region of one row whose columns are `step` apart, as to[j * pitch + i]: channel c + i of column
+// j for i < channels, zeros for i from there to pitch.
 template <class T>
-static void load_row_of(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols,
-                        int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
+static void load_row_of(const ImageView& x, const Region& region, int64_t step, int64_t pitch,
+                        float* to) {
+  const auto [n, h, rows, w, cols, c, channels] = region;
   // Columns [begin, end) of these lie inside the image.
   const int64_t before = w < 0 ? (step - 1 - w) / step : 0;
   const int64_t W = x.on_load.argmax ? x.W / 2 * 2 : x.W, H = x.on_load.argmax ? x.H / 2 * 2 : x.H;
@@ -70,8 +76,8 @@ static void load_row_of(const ImageView& x, int64_t n, int64_t h, int64_t w, int
   const int64_t from = n * x.sn + h * x.sh + w * x.sw + begin * sw + c * x.sc;
   to += begin * pitch;
   if (x.on_load.argmax)
-    return unpool_row<T>(x, n, h, w + begin, size, c, channels, pitch, to);  // step is 1
-  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {    // one run
+    return unpool_row<T>(x, {n, h, 1, w + begin, size, c, channels}, pitch, to);  // step is 1
+  if ((x.sc == 1 || channels == 1) && sw == pitch && channels == pitch) {         // one run
     pack_run(s, from, size * pitch, size * pitch, to);
   } else if (x.sc == 1) {
     for (int64_t j = 0; j < size; ++j) pack_run(s, from + j * sw, channels, pitch, to + j * pitch);
@@ -90,17 +96,16 @@ static void load_row_of(const ImageView& x, int64_t n, int64_t h, int64_t w, int
         to[j * pitch + i] = i < channels ? s.at(from + i * x.sc + j * sw) : 0.0f;
   }
 }
-static void load_row(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols,
-                     int64_t step, int64_t c, int64_t channels, int64_t pitch, float* to) {
-  with_type(x.dtype,
-            [&]<class T>() { load_row_of<T>(x, n, h, w, cols, step, c, channels, pitch, to); });
+static void load_row(const ImageView& x, const Region& region, int64_t step, int64_t pitch,
+                     float* to) {
+  with_type(x.dtype, [&]<class T>() { load_row_of<T>(x, region, step, pitch, to); });
 }
 
-// Rows [h, h + rows) and columns [w, w + cols) of image n as to[(i * cols + j) * pitch + ...].
-static void load_block(const ImageView& x, int64_t n, int64_t h, int64_t rows, int64_t w,
-                       int64_t cols, int64_t c, int64_t channels, int64_t pitch, float* to) {
-  for (int64_t i = 0; i < rows; ++i)
-    load_row(x, n, h + i, w, cols, 1, c, channels, pitch, to + i * cols * pitch);
+// A region as to[(i * cols + j) * pitch + ...].
+static void load_block(const ImageView& x, const Region& region, int64_t pitch, float* to) {
+  Region row = region;
+  for (int64_t i = 0; i < region.rows; ++i, ++row.h, to += region.cols * pitch)
+    load_row(x, row, 1, pitch, to);
 }
 
 // Pools two rows of `windows` windows, a pixel every `pitch` floats: the values to y, a pixel every
@@ -128,30 +133,29 @@ static void pool_rows(const float* row, const float* next, int64_t pitch, int64_
     }
 }
 
-// Prefetches the cache lines of y that store_row writes for rows [h, h + rows). Inline, because GCC
-// takes a function that only prefetches for one that does nothing.
-__attribute__((always_inline)) static inline void prefetch_rows(const Conv2d& conv, int64_t n,
-                                                                int64_t h, int64_t rows, int64_t w,
-                                                                int64_t cols, int64_t k,
-                                                                int64_t lanes) {
+// Prefetches the cache lines of y that store_row writes for a region. Inline, because GCC removes
+// calls of a function that only prefetches.
+__attribute__((always_inline)) static inline void prefetch_rows(const Conv2d& conv,
+                                                                const Region& region) {
+  const auto [n, h, rows, w, cols, k, channels] = region;
   const int64_t pool = conv.on_store.argmax ? 2 : 1;
   with_type(conv.x.dtype, [&]<class T>() __attribute__((always_inline)) {
     const T* const y = static_cast<const T*>(conv.y) + n * conv.yn + h / pool * conv.yh +
                        w / pool * conv.yw + k * conv.yc;
-    for (int64_t c = 0; c < lanes; ++c)
+    for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < rows / pool; ++i)
         for (int64_t j = 0; j < cols / pool; j += 64 / sizeof(T))
           __builtin_prefetch(y + c * conv.yc + i * conv.yh + j, 1);
   });
 }
 
-// Row h of y, pixels [w, w + cols), channels [k, k + lanes), from a row that is channels last, a
-// pixel every `pitch` floats. With argmax it is two rows, the other at `next`, and they are pooled.
+// A row of a region of y, from a row that is channels last, a pixel every `pitch` floats. With
+// argmax the region has two rows, the other at `next`, and they are pooled.
 template <class T>
-static void store_row_of(const Conv2d& conv, int64_t n, int64_t h, int64_t w, int64_t cols,
-                         int64_t k, int64_t lanes, const float* row, const float* next,
-                         int64_t pitch, float* scratch) {
+static void store_row_of(const Conv2d& conv, const Region& region, const float* row,
+                         const float* next, int64_t pitch, float* scratch) {
   const bool last = conv.yc == 1;
+  auto [n, h, rows, w, cols, k, lanes] = region;
   if (conv.on_store.argmax) {
     h /= 2, w /= 2, cols /= 2;
   }
@@ -170,12 +174,10 @@ static void store_row_of(const Conv2d& conv, int64_t n, int64_t h, int64_t w, in
   }
   if (!last) transpose_copy(MaskedInput<float>(row), 0, pitch, cols, lanes, y, conv.yc);
 }
-static void store_row(const Conv2d& conv, int64_t n, int64_t h, int64_t w, int64_t cols, int64_t k,
-                      int64_t lanes, const float* row, const float* next, int64_t pitch,
-                      float* scratch) {
-  with_type(conv.x.dtype, [&]<class T>() {
-    store_row_of<T>(conv, n, h, w, cols, k, lanes, row, next, pitch, scratch);
-  });
+static void store_row(const Conv2d& conv, const Region& region, const float* row, const float* next,
+                      int64_t pitch, float* scratch) {
+  with_type(conv.x.dtype,
+            [&]<class T>() { store_row_of<T>(conv, region, row, next, pitch, scratch); });
 }
 
 // Where tiles may write y as it is: channels last, nothing to be pooled or rounded.

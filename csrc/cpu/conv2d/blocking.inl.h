@@ -156,7 +156,7 @@ struct Block {
   // Their inputs, to x[(row * cols.size() + column) * pitch + ...]: channels [c, c + channels).
   void load(const ImageView& images, int64_t c, int64_t channels, float* x) const {
     each_run([&](int64_t h, int64_t w) {
-      load_row(images, n, h, w, cols.run, cols.step, c, channels, channels, x);
+      load_row(images, {n, h, 1, w, cols.run, c, channels}, cols.step, channels, x);
       x += cols.run * channels;
     });
   }

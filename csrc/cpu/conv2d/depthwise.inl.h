@@ -204,17 +204,17 @@ __attribute__((always_inline)) static inline void prefetch_planes(const void* da
   });
 }
 
-// A run of columns from row h, column w on, groups [first, first + groups), `each` channels of
-// each: to[panel * floats + (column * each + i) * kTileCols + lane].
-static void load_groups(const ImageView& x, int64_t n, int64_t h, int64_t w, int64_t cols,
-                        int64_t step, int64_t first, int64_t groups, int64_t each, float* to,
-                        int64_t floats, float* temp) {
+// A region of one row whose channels are groups, `each` channels of each:
+// to[panel * floats + (column * each + i) * kTileCols + lane].
+static void load_groups(const ImageView& x, const Region& region, int64_t step, int64_t each,
+                        float* to, int64_t floats, float* temp) {
+  const auto [n, h, rows, w, cols, first, groups] = region;
   for (int64_t g = 0; g < groups; g += kTileCols, to += floats) {
     const int64_t lanes = min(groups - g, kTileCols), pitch = each * kTileCols;
     if (each == 1) {  // a pitch that the compiler knows
-      load_row(x, n, h, w, cols, step, first + g, lanes, kTileCols, to);
+      load_row(x, {n, h, 1, w, cols, first + g, lanes}, step, kTileCols, to);
     } else {
-      load_row(x, n, h, w, cols, step, (first + g) * each, lanes * each, pitch, temp);
+      load_row(x, {n, h, 1, w, cols, (first + g) * each, lanes * each}, step, pitch, temp);
       split_groups(temp, pitch, cols, lanes, each, to);
     }
   }
@@ -226,7 +226,7 @@ static void depthwise_load(const ImageView& images, const DepthwiseBlocking& blo
   prefetch_planes(images.data, images.dtype, b.n * images.sn + first * blocking.c * images.sc,
                   images.sc, groups * blocking.c);
   b.each_run([&](int64_t h, int64_t w) {
-    load_groups(images, b.n, h, w, b.cols.run, b.cols.step, first, groups, blocking.c, x,
+    load_groups(images, {b.n, h, 1, w, b.cols.run, first, groups}, b.cols.step, blocking.c, x,
                 blocking.blocking.x_floats, temp);
     x += b.cols.run * blocking.c * kTileCols;
   });
@@ -269,8 +269,8 @@ static void depthwise(const Conv2d& conv, const float* weight, int64_t begin, in
                         k > 1 ? temp : row, pitch);
           if (k > 1) split_groups(temp, pitch, cols, groups, k, row, true);
         }
-        store_row(conv, b.n, h, b.w, cols, g * k, groups * k, rows, rows + cols * pitch, pitch,
-                  rows + 2 * cols * pitch);
+        store_row(conv, {b.n, h, pool, b.w, cols, g * k, groups * k}, rows, rows + cols * pitch,
+                  pitch, rows + 2 * cols * pitch);
       }
     }
   }
@@ -309,7 +309,7 @@ static void depthwise_grad_weight(const Conv2d& conv, const ImageView& grad_y, i
       const int64_t groups = min(last - first, blocking.chunk);
       depthwise_load(conv.x, blocking, b, first, groups, scratch, temp);
       for (int64_t h = 0; h < rows; ++h) {
-        load_groups(grad_y, b.n, b.h + h, b.w, cols, 1, first, groups, k,
+        load_groups(grad_y, {b.n, b.h + h, 1, b.w, cols, first, groups}, 1, k,
                     g_block + h * cols * g_pitch, blocking.g_floats, temp);
       }
       if (bias_sums)

@@ -130,12 +130,12 @@ static void direct(const Conv2d& conv, const float* weight, int64_t begin, int64
           direct_row(conv, b, scratch, p, panel, finite, h, y, conv.yw);
           continue;
         }
-        if (conv.yc != 1 && deep) prefetch_rows(conv, b.n, h, pool, b.w, cols, k, p.lanes);
+        const Region region = {b.n, h, pool, b.w, cols, k, p.lanes};
+        if (conv.yc != 1 && deep) prefetch_rows(conv, region);
         for (int64_t r = 0; r < pool; ++r)
           direct_row(conv, b, scratch, p, panel, finite, h + r, rows + r * cols * kTileCols,
                      kTileCols);
-        store_row(conv, b.n, h, b.w, cols, k, p.lanes, rows, rows + cols * kTileCols, kTileCols,
-                  pooled);
+        store_row(conv, region, rows, rows + cols * kTileCols, kTileCols, pooled);
       }
     }
   }
@@ -174,7 +174,7 @@ static void direct_grad_weight(const Conv2d& conv, const ImageView& grad_y, int6
     const Taps th = b.rows.taps(b.h), tw = b.cols.taps(b.w);
     // Taps along memory, where a tap alone has few channels for a tile's rows.
     const bool joined = conv.groups == 1 && tw.at_step == 1 && c < kFewChannels;
-    load_block(grad_y, b.n, b.h, rows, b.w, cols, 0, conv.K, blocking.g_pitch, g_block);
+    load_block(grad_y, {b.n, b.h, rows, b.w, cols, 0, conv.K}, blocking.g_pitch, g_block);
     for (int64_t q = panel_begin; q < panel_end; ++q) {
       const Panel p(conv, q);
       const int64_t lanes = p.lanes, g_pitch = blocking.g_pitch;

@@ -67,7 +67,7 @@ static void scatter_block(const Conv2d& conv, const Blocking& blocking, const Bl
   const int64_t top = max(0, b.h - conv.h.pad),
                 bottom = min(conv.x.H, b.rows.begin(0) + b.rows.size());
   for (int64_t h = top; h < bottom; ++h)
-    load_row(conv.x, b.n, h, 0, W, 1, 0, C, C, x + (h - top) * W * C);
+    load_row(conv.x, {b.n, h, 1, 0, W, 0, C}, 1, C, x + (h - top) * W * C);
   float* const out = x + s.out;
   store_zeros(out, rows * s.pitch);
   // Inputs in one column see outputs in one column, each its own: they are a tile's rows.
@@ -91,8 +91,8 @@ static void scatter_block(const Conv2d& conv, const Blocking& blocking, const Bl
       }
   }
   for (int64_t h = 0; h < rows; ++h)
-    store_row(conv, b.n, b.h + h, 0, conv.w.out, 0, K, out + h * s.pitch + s.margin, nullptr, K,
-              nullptr);
+    store_row(conv, {b.n, b.h + h, 1, 0, conv.w.out, 0, K}, out + h * s.pitch + s.margin, nullptr,
+              K, nullptr);
 }
 
 static int64_t scatter_scratch(const Conv2d& conv) {

@@ -121,7 +121,7 @@ static void small_k_block(const Conv2d& conv, const Blocking& blocking, const Bl
     for (int64_t r = 0; r < pool; ++r)
       transpose_copy(MaskedInput<float>(out), (h + r) * row, p.out_pitch, conv.K, cols,
                      last + r * cols * kPixel, kPixel);
-    store_row(conv, b.n, b.h + h, b.w, cols, 0, conv.K, last, last + cols * kPixel, kPixel,
+    store_row(conv, {b.n, b.h + h, pool, b.w, cols, 0, conv.K}, last, last + cols * kPixel, kPixel,
               last + 2 * cols * kPixel);
   }
 }

@@ -106,8 +106,14 @@ static void winograd_load(const ImageView& x, const TileBlock& b, int64_t top, i
       const int64_t row_end = min(row + rows, b.rows);
       const int64_t count = min(c_end - k, channels);
       const int64_t part_pitch = round_up(count);
-      load_block(x, b.n, M * (b.row + row) - top, M * (row_end - row - 1) + kFrom, M * b.col - left,
-                 cols, k, count, part_pitch, scratch);
+      const Region region = {.n = b.n,
+                             .h = M * (b.row + row) - top,
+                             .rows = M * (row_end - row - 1) + kFrom,
+                             .w = M * b.col - left,
+                             .cols = cols,
+                             .c = k,
+                             .channels = count};
+      load_block(x, region, part_pitch, scratch);
       float* tile = to + row * b.cols * pitch + k - c;
       for (int64_t i = 0; i < row_end - row; ++i)
         for (int64_t j = 0; j < b.cols; ++j, tile += pitch)
@@ -216,7 +222,7 @@ static void winograd_store(const Conv2d& conv, const TileBlock& b, int64_t k, in
     float* const to =
         whole ? static_cast<float*>(conv.y) + b.n * conv.yn + h0 * conv.yh + M * b.col * conv.yw + k
               : scratch;
-    if (conv.yc != 1) prefetch_rows(conv, b.n, h0, rows, M * b.col, width, k, lanes);
+    if (conv.yc != 1) prefetch_rows(conv, {b.n, h0, rows, M * b.col, width, k, lanes});
     const int64_t row = whole ? conv.yh : M * b.cols * Vec::kWidth,
                   col = whole ? conv.yw : Vec::kWidth;
     for (int64_t j = 0; j < b.cols; ++j, from += kTileCols)
@@ -229,8 +235,8 @@ static void winograd_store(const Conv2d& conv, const TileBlock& b, int64_t k, in
           });
     if (whole) continue;
     for (int64_t h = 0; h < rows; h += pool)
-      store_row(conv, b.n, h0 + h, M * b.col, width, k, lanes, to + h * row, to + (h + 1) * row,
-                col, pooled);
+      store_row(conv, {b.n, h0 + h, pool, M * b.col, width, k, lanes}, to + h * row,
+                to + (h + 1) * row, col, pooled);
   }
 }
 

@@ -14,7 +14,7 @@ namespace {
 
 // The algorithm of a pass over N images, from the shape alone: the one with the fewest products for
 // a pair of channels, where packing one weight takes the time of some hundred of these. Few
-// channels do not make up for the transforms. What was measured is in benchmarks/NOTES.md.
+// channels do not make up for the transforms. What was measured is in docs/performance/conv2d.md.
 const cpu::Conv2dKernels& choose(int64_t N, const cpu::Conv2d& v) {
   const cpu::Kernels& table = cpu::kernels();
   const auto is_plain_3x3 = [](const cpu::ConvAxis& a) {

@@ -117,7 +117,9 @@ def test_set_fallback():
     x = torch.randn(3, 4, dtype=torch.float64)
     with calls(torchs=["relu"]):
         with dlkernels.set_fallback("error"):
-            with pytest.raises(NotImplementedError, match="relu: dlkernels has no kernel for these"):
+            with pytest.raises(
+                NotImplementedError, match="relu: dlkernels has no kernel for these"
+            ):
                 ours.relu(x)
             with dlkernels.set_fallback("torch"):
                 ours.relu(x)

@@ -89,8 +89,9 @@ def summary_text(ratios):
     """The geometric mean, and the smallest and the largest where there are several."""
     if not ratios:
         return ""
-    mean = f"{exp(sum(map(log, ratios)) / len(ratios)):.2f}"
-    return mean if len(ratios) == 1 else f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})"
+    mean = exp(sum(map(log, ratios)) / len(ratios))
+    mean, low, high = map(ratio_text, (mean, min(ratios), max(ratios)))
+    return mean if len(ratios) == 1 else f"{mean} ({low} to {high})"
 
 
 def summary_table(results):
@@ -109,7 +110,7 @@ def summary_table(results):
         [name, str(len(ratios)), summary_text(eager.get(name)), summary_text(ratios)]
         for name, ratios in peers.items()
     ]
-    return ["", "cases", THAN_EAGER, THAN_BEST], rows
+    return ["op or training step", "cases", THAN_EAGER, THAN_BEST], rows
 
 
 def main_table(results):

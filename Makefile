@@ -88,8 +88,8 @@ fuzz: $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test  ## random cases: SEED=
 	build/kernels_test $$(( $(CASES) / 20 )) $(SEED)
 	cd tests && DLKERNELS_FUZZ=$(CASES) DLKERNELS_FUZZ_SEED=$(SEED) $(PYTEST) test_fuzz.py
 
-bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the README's tables and plot
-	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --plot speed.svg --readme ../README.md
+bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; rewrites the tables in README.md and docs/benchmarks.md
+	cd benchmarks && $(PY) -m dlkernels bench --json ../build/bench.json --write ..
 
 bench-quick: $(VENV)/.dlkernels $(VENV)/.bench  ## the same in three minutes: few cases, shown and not written
 	cd benchmarks && $(PY) -m dlkernels bench --quick

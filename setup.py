@@ -15,7 +15,7 @@ import build_kernels
 
 # -g0 undoes the -g that Python was built with: a third of the compile time, most of the file.
 # Loops begin a line of the instruction cache: GEMM takes 0.95 of the time where another process
-# shares the core (benchmarks/NOTES.md).
+# shares the core (docs/performance/linear.md).
 FLAGS = ["-std=c++20", "-O3", "-falign-loops=64", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 

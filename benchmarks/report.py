@@ -1,7 +1,7 @@
-"""What results look like: tables on the terminal and in the README, and a plot."""
+"""What results look like: tables on the terminal and in Markdown files, and a plot."""
 
-import os
 from contextlib import contextmanager
+from math import exp, log
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -80,12 +80,42 @@ KINDS = {
     "JAX": lambda name: name == "jax",
     "TensorFlow": lambda name: name == "tensorflow",
 }
-RATIOS = {"ratio [quartiles]", "to torch", *KINDS}  # columns: a peer's time over ours
+THAN_EAGER, THAN_BEST = "than PyTorch eager", "than the best peer"
+# Columns: a peer's time over ours.
+RATIOS = {"ratio [quartiles]", "to torch", THAN_EAGER, THAN_BEST, *KINDS}
+
+
+def summary_text(ratios):
+    """The geometric mean, and the smallest and the largest where there are several."""
+    if not ratios:
+        return ""
+    mean = exp(sum(map(log, ratios)) / len(ratios))
+    mean, low, high = map(ratio_text, (mean, min(ratios), max(ratios)))
+    return mean if len(ratios) == 1 else f"{mean} ({low} to {high})"
+
+
+def summary_table(results):
+    """A row for each op, all its cases together, and for each training step. Eager PyTorch and ours
+    are compared in the default layout and as installed, the best of both sides however they ran."""
+    eager, peers = {}, {}
+    for result in results:
+        if result["small"] or result["mode"] == "forward":
+            continue
+        name = f"step of {result['case']}" if result["op"] == "step" else result["op"]
+        ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
+        if {"torch", "dlkernels"} <= result["providers"].keys():
+            eager.setdefault(name, []).append(against(result, "torch", "dlkernels")[1])
+        peers.setdefault(name, []).append(against(result, peer, ours)[1])
+    rows = [
+        [name, str(len(ratios)), summary_text(eager.get(name)), summary_text(ratios)]
+        for name, ratios in peers.items()
+    ]
+    return ["op or training step", "cases", THAN_EAGER, THAN_BEST], rows
 
 
 def main_table(results):
     """Every case against the best of all peers. A case has a row for each of our layouts."""
-    header = ["op", "case", "ours", "best peer", "ratio [quartiles]", "to torch", "of roof"]
+    header = ["op", "case", "ours", "best peer", "ratio [quartiles]", "to torch", "of roofline"]
     rows = []
     for result in results:
         providers = result["providers"]
@@ -103,7 +133,7 @@ def main_table(results):
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                     against_torch(result, ours, ratio_text),
-                    f"{percent_text(least / seconds)} {roof}",
+                    f"{percent_text(least / seconds)} ({roof}-bound)",
                     " / ".join(errors),
                 ]
             )
@@ -161,7 +191,7 @@ def all_steps_table(results):
 
 
 def tables(results):
-    """{title: table}: first what a user wants to know, then what one who chooses a library does."""
+    """{title: table}"""
     all_steps = [r for r in results if r["op"] == "step"]
     results = list(filter(is_compared, results))
     steps = [r for r in results if r["op"] == "step"]
@@ -169,7 +199,7 @@ def tables(results):
     forward = [r for r in results if r["mode"] == "forward"]
     training = [r for r in results if r["mode"] != "forward"]
     found = {
-        "Forward and backward (optimizers: a step): how many times faster we are than": small_table(
+        "Small cases, forward and backward (optimizers: a step): a peer's time / ours": small_table(
             [r for r in training if r["small"]]
         ),
         "Forward and backward (optimizers: a step): the best peer's time / ours": main_table(
@@ -241,13 +271,14 @@ def show(results):
     warn_if_busy("during a case", max(r["busy_cores"] for r in results))
 
 
-# ---- README ---------------------------------------------------------------------------------
+# ---- Markdown -------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
+README, TABLES, PLOT = "README.md", "docs/benchmarks.md", "docs/speed.svg"  # in a source tree
 
 
-def has_markers(readme):
-    text = readme.read_text() if readme.exists() else ""
+def has_markers(file):
+    text = file.read_text() if file.exists() else ""
     return -1 < text.find(BEGIN) < text.find(END)
 
 
@@ -258,17 +289,23 @@ def markdown_table(header, rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_readme(readme, plot, machine, results):
-    """Rewrite what stands in the file between the two markers: whole tables are folded away."""
-    (title, table), *others = tables(results).items()
-    text = f"On {machine_text(machine)}.\n\n{title}:\n\n{markdown_table(*table)}"
-    if plot:
-        path = os.path.relpath(plot, readme.parent)
-        text += f"\n![The best peer's time over ours, case by case]({path})\n"
-    for title, table in others:
-        text += f"\n<details><summary>{title}</summary>\n\n{markdown_table(*table)}\n</details>\n"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+def rewrite(file, text):
+    """Replace what stands in the file between the two markers."""
+    before, _, rest = file.read_text().partition(BEGIN)
+    file.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+
+
+def write(root, machine, results):
+    """The summary to the README of a source tree, all tables and the plot to its docs/."""
+    where = f"On {machine_text(machine)}.\n"
+    summary = summary_table(list(filter(is_compared, results)))
+    rewrite(root / README, f"{where}\n{markdown_table(*summary)}")
+    tables_text = "".join(
+        f"\n## {title}\n\n{markdown_table(*table)}" for title, table in tables(results).items()
+    )
+    image = f"![The best peer's time over ours, case by case]({PLOT.removeprefix('docs/')})\n"
+    rewrite(root / TABLES, f"{where}\n{image}{tables_text}")
+    plot(root / PLOT, machine, results)
 
 
 # ---- plot -----------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def earlier(file, where, quick):
     return {result["job"]: result for result in found["results"]}
 
 
-def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None):
+def bench(names, quick=False, busy=False, json_file=None, plot=None, root=None):
     """The command ``dlkernels bench``."""
     where = machine()
     report.show_machine(where, missing())
@@ -234,7 +234,7 @@ def bench(names, quick=False, busy=False, json_file=None, plot=None, readme=None
     report.show(list(results.values()))
     if plot:
         report.plot(plot, where, list(results.values()))
-    if readme:
-        report.write_readme(readme, plot, where, list(results.values()))
+    if root:
+        report.write(root, where, list(results.values()))
     if json_file:
         save(json_file, where, quick, results, complete=True)

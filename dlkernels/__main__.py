@@ -53,10 +53,11 @@ def bench(parser, args):
             parser.error(f"argument OP: invalid choice: {name!r} (choose from {known})")
     if args.plot and args.plot.suffix not in (".svg", ".png"):
         parser.error(f"argument --plot: must end in .svg or .png, got {str(args.plot)!r}")
-    if args.readme and not suite.report.has_markers(args.readme):
-        parser.error(f"argument --readme: {str(args.readme)!r} has no bench markers")
+    for name in (suite.report.README, suite.report.TABLES) if args.write else ():
+        if not suite.report.has_markers(args.write / name):
+            parser.error(f"argument --write: {str(args.write / name)!r} has no bench markers")
     try:
-        suite.bench(args.ops, args.quick, args.busy, args.json, args.plot, args.readme)
+        suite.bench(args.ops, args.quick, args.busy, args.json, args.plot, args.write)
     except KeyboardInterrupt:
         parser.exit(130, "stopped by Ctrl-C\n")
 
@@ -86,7 +87,12 @@ def main(argv=None):
     add("--busy", action="store_true", help="whole steps beside a process that takes a core, too")
     add("--json", type=output, metavar="FILE", help="write every round of every provider")
     add("--plot", type=output, metavar="FILE", help="write a plot, .svg or .png")
-    add("--readme", type=output, metavar="FILE", help="rewrite its part between the bench markers")
+    add(
+        "--write",
+        type=Path,
+        metavar="FOLDER",
+        help="rewrite the tables and the plot of this source tree: README.md, docs/",
+    )
 
     args = parser.parse_args(argv)
     if args.command == "bench":

@@ -1,9 +1,10 @@
 """The ops of :mod:`torch.nn.functional` on our kernels: same names, argument order and defaults.
 
 Every function here gives what PyTorch's gives: values, gradients, dtype, shape, strides and
-exceptions. float32 tensors on the CPU run on kernels of ours; everything else (other dtypes and
-devices, tensor subclasses, autocast, ``torch.func``, double backward) runs on PyTorch's own ops.
-:func:`dlkernels.stats` counts both.
+exceptions. Dense float32 tensors on the CPU run on our kernels; so do bfloat16 and float16, in
+linear layers and convolutions there and in all of these ops on CUDA (:func:`dlkernels.info` has the
+table). What has no kernel (other dtypes and devices, tensor subclasses, ``torch.func``, double
+backward) runs on PyTorch's own ops. :func:`dlkernels.stats` counts both.
 """
 
 from types import SimpleNamespace

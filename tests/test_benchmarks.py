@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dlkernels.benchmarks
 from dlkernels.__main__ import main
@@ -120,14 +121,17 @@ def test_interleave_goes_on_without_who_fails(fake_clock):
 
 
 def test_bench(tmp_path, capsys):
-    files = {name: tmp_path / name for name in ("b.json", "b.svg", "README.md")}
-    files["README.md"].write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
-    options = ["--json", files["b.json"], "--plot", files["b.svg"], "--readme", files["README.md"]]
+    found, picture = tmp_path / "b.json", tmp_path / "b.svg"
+    pages = [tmp_path / name for name in (report.README, report.TABLES)]
+    for page in pages:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    options = ["--json", found, "--plot", picture, "--write", tmp_path]
     main(["bench", "cross_entropy", "--quick", *map(str, options)])
     out = capsys.readouterr().out
     assert "128x1000" in out and "a Python loop" in out
 
-    found = json.loads(files["b.json"].read_text())
+    found = json.loads(found.read_text())
     assert found["machine"]["flops_per_second"] > 1e9 and found["machine"]["versions"]["torch"]
     small, *cases = found["results"]
     assert small["small"] and "python" in small["providers"]
@@ -137,10 +141,14 @@ def test_bench(tmp_path, capsys):
         for provider in result["providers"].values():
             assert len(provider["seconds"]) >= 5 and math.isfinite(provider["error"])
 
-    assert files["b.svg"].read_text().lstrip().startswith("<?xml")
-    text = files["README.md"].read_text()
-    assert text.startswith(f"before\n{report.BEGIN}") and text.endswith(f"{report.END}after\n")
-    assert "old" not in text and "](b.svg)" in text and "| cross_entropy | 128x1000 |" in text
+    for plot in (picture, tmp_path / report.PLOT):
+        assert plot.read_text().lstrip().startswith("<?xml")
+    readme, docs = (page.read_text() for page in pages)
+    for text in (readme, docs):
+        assert text.startswith(f"before\n{report.BEGIN}") and text.endswith(f"{report.END}after\n")
+        assert "old" not in text and f"torch {torch.__version__}" in text
+    assert "\n| cross_entropy | 2 | " in readme and "128x1000" not in readme
+    assert "](speed.svg)" in docs and "| cross_entropy | 128x1000 |" in docs
 
 
 # As `make bench` does. One of our modules was named as a package that torch imports: `cuda`.
@@ -157,7 +165,7 @@ def test_bench_runs_beside_its_modules():
         (["--threads", "0"], "argument --threads: must be from 1 to "),
         (["--json", "/no/such/folder/b.json"], "argument --json: must be a file in an existing"),
         (["--plot", "bench.txt"], "argument --plot: must end in .svg or .png"),
-        (["--readme", "none.md"], "argument --readme: 'none.md' has no bench markers"),
+        (["--write", "none"], "argument --write: 'none/README.md' has no bench markers"),
     ],
 )
 def test_bad_arguments(args, message, capsys):
@@ -183,6 +191,27 @@ def test_slower_is_seen():
     header = ["op", "ratio [quartiles]"]
     table = report.markdown_table(header, [["a", "0.99 [0.9, 1.1]"], ["b", "1.01 [0.9, 1.1]"]])
     assert "| **0.99 [0.9, 1.1]** |" in table and "| 1.01 [0.9, 1.1] |" in table
+
+
+def test_summary():
+    def result(op, case, mode="forward+backward", small=False, **seconds):
+        providers = {name.replace("_", " "): {"seconds": [s] * 5} for name, s in seconds.items()}
+        return {"op": op, "case": case, "mode": mode, "small": small, "providers": providers}
+
+    header, rows = report.summary_table(
+        [
+            result("conv", "a", torch=4, compile=8, dlkernels=2, dlkernels_channels=1),
+            result("conv", "b", torch=1, compile=0.5, dlkernels=2, dlkernels_channels=1),
+            result("conv", "b", mode="forward", torch=1, dlkernels=9),
+            result("conv", "c", small=True, torch=1, dlkernels=9),
+            result("step", "MLP", mode="train", small=False, jax=3, dlkernels=1),  # torch failed
+        ]
+    )
+    assert rows == [
+        ["conv", "2", "1 (0.5 to 2)", "1.41 (0.5 to 4)"],
+        ["step of MLP", "1", "", "3"],
+    ]
+    assert report.is_slower(header[2], "0.99 (0.5 to 2)")
 
 
 def test_inputs_repeat():

@@ -1,7 +1,7 @@
 // Calls of an op from Python that skip what torch.ops does for any arguments of any op: a function
 // in Python, tuples and dicts of arguments, a choice among overloads, subclasses. Between two
 // passes of autograd's engine, where code is in no cache, that is 8 of the 55 us of a small relu
-// forward and backward (benchmarks/NOTES.md).
+// forward and backward (docs/performance/calls.md).
 #include "ops/core/torch_headers.h"
 
 #include "python/direct.h"

@@ -50,7 +50,7 @@ struct Node final : torch::autograd::CppNode<Function> {
 
 // torch::autograd::Function for T, an op of ops/core/op.h with a gradient. It takes less time than
 // PyTorch's, because a gradient is known to be wanted, forward calls ops below autograd alone, and
-// returns new tensors of which the first has the gradient (docs/performance/relu.md).
+// returns new tensors of which the first has the gradient (docs/performance/calls.md).
 template <class T>
 struct Gradient : torch::autograd::Function<Gradient<T>> {
   static constexpr const char* kNode = T::kNode;

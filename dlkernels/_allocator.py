@@ -17,7 +17,7 @@ def tune_allocator() -> bool:
     dies. The next step then waits for the system to clear new ones, often for longer than it
     computes. This is ``mallopt(M_MMAP_MAX, 0)`` and ``mallopt(M_TRIM_THRESHOLD, -1)``, the same as
     ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` in the environment, and speeds up PyTorch's
-    kernels as it does ours. Huge pages are left as they are: once pages are kept, they gained
+    kernels as well. Huge pages are left as they are: once pages are kept, they gained
     nothing that could be measured.
 
     The price: other processes don't get back what a peak has taken until this one ends, and holes

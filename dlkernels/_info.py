@@ -67,13 +67,13 @@ def kernels() -> Kernels:
         return {"float32": "yes", "bfloat16": bfloat16, "float16": float16, "float64": left}
 
     def cuda(op: str) -> dict[str, str]:
-        ours = _cuda.REASON or "yes"
+        answer = _cuda.REASON or "yes"
         if op.endswith("_") and op != "adam_":
-            ours = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
+            answer = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
         elif op.startswith(("linear", "mlp", "conv2d")):
-            ours = no_products or "yes"
+            answer = no_products or "yes"
         wide = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
-        return {"float32": ours, "bfloat16": ours, "float16": ours, "float64": wide}
+        return {"float32": answer, "bfloat16": answer, "float16": answer, "float64": wide}
 
     ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
     return {op: {"cpu": cpu(op), "cuda": cuda(op)} for op in ops}

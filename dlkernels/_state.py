@@ -37,7 +37,7 @@ def enabled_here() -> bool:
 
 
 class disabled:
-    """PyTorch's own ops in place of ours, not counted: ``with disabled():`` or ``@disabled()``.
+    """Runs PyTorch's own ops instead, not counted: ``with disabled():`` or ``@disabled()``.
 
     Holds for the thread that enters it, as :class:`torch.no_grad` does, and may be nested. A
     backward pass is what its forward recorded, wherever it runs. A generator or coroutine is

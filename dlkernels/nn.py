@@ -54,8 +54,8 @@ class Sequential(torch.nn.Sequential):
     """:class:`torch.nn.Sequential` that runs some modules in a row as one op: linear layers with
     ReLUs between them; a Linear or Conv2d and a ReLU; a Conv2d, a ReLU and a MaxPool2d.
 
-    It decides so at each call, where each of them is exactly ours and has no hook, so that nobody
-    sees the values in between.
+    It decides so at each call: each of these modules must be exactly of a class of
+    :mod:`dlkernels.nn` and have no hook, so that nobody sees the values in between.
     """
 
     def forward(self, input: Tensor) -> Tensor:

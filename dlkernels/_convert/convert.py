@@ -16,12 +16,12 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def convert(model: M, *, fuse: bool = True, verbose: bool = False) -> M:
-    """Makes the modules of `model` run on kernels of ours, in place: ``model = convert(model)``.
+    """Makes the modules of `model` run on dlkernels' kernels, in place: ``model = convert(model)``.
 
-    ``Linear``, ``ReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and ``Sequential`` of
-    :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any dtype. Each module
-    still computes what it did, also after changes to the model; what is added later runs on our
-    kernels after another convert.
+    ``Linear``, ``ReLU``, ``LeakyReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and
+    ``Sequential`` of :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any
+    dtype. Each module still computes what it did, also after changes to the model. Modules that are
+    added later are converted by another call.
 
     An ``nn.Sequential``, and the forward of another class, runs ``relu(linear(x))``,
     ``relu(conv2d(x))``, ``max_pool2d(relu(conv2d(x)))`` and stacks of linear layers with ReLUs as
@@ -57,9 +57,10 @@ def convert(model: M, *, fuse: bool = True, verbose: bool = False) -> M:
 def revert(model: M) -> M:
     """Undoes :func:`convert`, in place: ``model = revert(model)``.
 
-    Every module of ours becomes PyTorch's again, in any later state of the model, in copies and in
-    parts, and also where it was constructed as ours. ``LinearReLU``, ``Conv2dReLU`` and
-    ``Conv2dReLUMaxPool2d``, which PyTorch does not have, and subclasses that others made stay.
+    Every module of :mod:`dlkernels.nn` becomes PyTorch's, also one that was constructed as such. It
+    works in any later state of the model, and on copies and parts of it. ``LinearReLU``,
+    ``Conv2dReLU`` and ``Conv2dReLUMaxPool2d``, which PyTorch does not have, and subclasses that
+    others made stay.
 
     Returns:
         `model`
@@ -79,7 +80,7 @@ def _set_class(m: torch.nn.Module, cls: type) -> None:
 
 
 def _reverted(cls: type) -> type:
-    """PyTorch's class in whose place `cls` is, or the one of which it is a form of ours."""
+    """PyTorch's class in whose place `cls` is, or the one that `cls` was derived from here."""
     cls = forward.base_of(cls)
     if cls in ORIGINALS:
         return ORIGINALS[cls]

@@ -65,10 +65,11 @@ def report(model: torch.nn.Module) -> Report:
         model: any module
 
     Returns:
-        A report with three lists of named tuples: ``converted`` (name, before, after): the modules
-        of classes of ours; ``fused`` (name, op, modules): what the containers and forwards among
-        them run as one op; ``left`` (name, type, reason): what stays PyTorch's. It prints as a
-        table.
+        A report with three lists of named tuples, which prints as a table:
+
+        * ``converted`` (name, before, after): the modules of :mod:`dlkernels.nn`
+        * ``fused`` (name, op, modules): what containers and forwards among them run as one op
+        * ``left`` (name, type, reason): the modules that stay PyTorch's
 
     Raises:
         TypeError: if `model` is no module.

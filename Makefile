@@ -94,9 +94,10 @@ bench: $(VENV)/.dlkernels $(VENV)/.bench  ## time everything against its peers; 
 bench-quick: $(VENV)/.dlkernels $(VENV)/.bench  ## the same in three minutes: few cases, shown and not written
 	cd benchmarks && $(PY) -m dlkernels bench --quick
 
-lint: $(VENV)/.lint  ## check style and the rules of the house
+lint: $(VENV)/.lint $(VENV)/.torch  ## check style and the rules of the house
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	# Kernels know no torch, intrinsics stand in cpu/simd, conditions in x86 guards.
 	! grep -rnE '#include *[<"](torch|ATen|c10)|\b(torch|ATen|at|c10)::' csrc/cpu $(wildcard csrc/cuda)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import dlkernels.functional as ours
+from dlkernels import functional
 
 from .case import BOTH_LAYOUTS, Case, away_from_kink
 
@@ -69,7 +69,7 @@ class Conv2dReLU(Case):
         return 4 * (x + weight + y + {"forward": 0, "forward+backward": backward}[mode])
 
     def torch(self, F, x, weight, bias):
-        if F is ours:
+        if F is functional:
             return F.conv2d_relu(x, weight, bias, self.stride, self.padding, 1, self.groups)
         return F.relu(F.conv2d(x, weight, bias, self.stride, self.padding, 1, self.groups))
 

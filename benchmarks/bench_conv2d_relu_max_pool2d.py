@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-import dlkernels.functional as ours
+from dlkernels import functional
 
 from .bench_conv2d_relu import Conv2dReLU
 from .bench_max_pool2d import MaxPool2d
@@ -50,7 +50,7 @@ class Conv2dReLUMaxPool2d(Conv2dReLU):
         return 4 * (x + weight + y) + (training if mode == "forward+backward" else 0)
 
     def torch(self, F, x, weight, bias):
-        if F is ours:
+        if F is functional:
             return F.conv2d_relu_max_pool2d(
                 x, weight, bias, self.stride, self.padding, pool_kernel_size=self.pool
             )

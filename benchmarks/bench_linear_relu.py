@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import dlkernels.functional as ours
+from dlkernels import functional
 
 from .case import Case, away_from_kink
 
@@ -42,7 +42,7 @@ class LinearReLU(Case):
         return 4 * {"forward": inputs + y, "forward+backward": 3 * inputs + 3 * y}[mode]
 
     def torch(self, F, x, weight, bias):
-        if F is ours:
+        if F is functional:
             return F.linear_relu(x, weight, bias)
         return F.relu(F.linear(x, weight, bias))
 

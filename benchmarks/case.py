@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import dlkernels.functional as ours
+from dlkernels import functional
 
 from .timing import turn
 
@@ -27,7 +27,7 @@ def missing():
 
 
 # Who can end the process has one of its own.
-APART = ("jax", "tensorflow")
+SEPARATE = ("jax", "tensorflow")
 # So can torch.compile, but on a heap of its own it would be no like of PyTorch's: it is tried in
 # another process, and then timed in this one.
 TRIED = ("compile",)
@@ -222,10 +222,10 @@ Case.providers = {
     "compile": torch_provider(F, compile=True),
     "jax": jax,
     "tensorflow": tensorflow,
-    "dlkernels": torch_provider(ours),
+    "dlkernels": torch_provider(functional),
 }
 BOTH_LAYOUTS = Case.providers | {
     "torch channels_last": torch_provider(F, torch.channels_last),
     "compile channels_last": torch_provider(F, torch.channels_last, compile=True),
-    "dlkernels channels_last": torch_provider(ours, torch.channels_last),
+    "dlkernels channels_last": torch_provider(functional, torch.channels_last),
 }

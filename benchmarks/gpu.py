@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels
-import dlkernels.functional as ours
+from dlkernels import functional
 
 from . import bench_optim, models, report
 from .bench_conv2d_relu import Conv2dReLU
@@ -93,8 +93,8 @@ def providers(case, dtype):
             f"torch{name}": build(F, layout),
             f"torch{name} graphed": captured(build(F, layout)),
             f"compile{name}": build(F, layout, compile=True),
-            f"dlkernels{name}": build(ours, layout),
-            f"dlkernels{name} graphed": captured(build(ours, layout)),
+            f"dlkernels{name}": build(functional, layout),
+            f"dlkernels{name} graphed": captured(build(functional, layout)),
         }
     return found
 

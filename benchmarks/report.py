@@ -20,7 +20,7 @@ if not console.is_terminal:
 # ---- results --------------------------------------------------------------------------------
 
 
-def is_ours(provider):
+def is_dlkernels(provider):
     return provider.startswith("dlkernels")
 
 
@@ -30,26 +30,26 @@ def best(result, wanted):
     return min(times, key=lambda name: median(times[name]), default=None)
 
 
-def against(result, peer, ours):
+def against(result, peer, provider):
     """Quartiles of the peer's time over ours."""
     p = result["providers"]
-    return ratio(p[peer]["seconds"], p[ours]["seconds"])
+    return ratio(p[peer]["seconds"], p[provider]["seconds"])
 
 
-def against_torch(result, ours, text):
+def against_torch(result, provider, text):
     """The ratio to PyTorch as installed, as text; none where that failed."""
-    both = {"torch", ours} <= result["providers"].keys()
-    return text(against(result, "torch", ours)[1]) if both else ""
+    both = {"torch", provider} <= result["providers"].keys()
+    return text(against(result, "torch", provider)[1]) if both else ""
 
 
 def is_compared(result):
     """Whether we and a peer got through: the others are listed as failed."""
-    ours = [is_ours(name) for name in result["providers"]]
-    return any(ours) and not all(ours)
+    own = [is_dlkernels(name) for name in result["providers"]]
+    return any(own) and not all(own)
 
 
-def layout(ours):
-    return "channels_last" if "channels_last" in ours else ""
+def layout(provider):
+    return "channels_last" if "channels_last" in provider else ""
 
 
 def time_text(seconds):
@@ -102,7 +102,7 @@ def summary_table(results):
         if result["small"] or result["mode"] == "forward":
             continue
         name = f"step of {result['case']}" if result["op"] == "step" else result["op"]
-        ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
+        ours, peer = best(result, is_dlkernels), best(result, lambda name: not is_dlkernels(name))
         if {"torch", "dlkernels"} <= result["providers"].keys():
             eager.setdefault(name, []).append(against(result, "torch", "dlkernels")[1])
         peers.setdefault(name, []).append(against(result, peer, ours)[1])
@@ -119,21 +119,21 @@ def main_table(results):
     rows = []
     for result in results:
         providers = result["providers"]
-        peer = best(result, lambda name: not is_ours(name))
-        for ours in filter(is_ours, providers):
-            seconds = median(providers[ours]["seconds"])
-            q1, q2, q3 = against(result, peer, ours)
-            roof, least = max(result["roofs"].items(), key=lambda item: item[1])
-            errors = [error_text(providers[name]["error"]) for name in (ours, peer)]
+        peer = best(result, lambda name: not is_dlkernels(name))
+        for provider in filter(is_dlkernels, providers):
+            seconds = median(providers[provider]["seconds"])
+            q1, q2, q3 = against(result, peer, provider)
+            roof, min_seconds = max(result["roofs"].items(), key=lambda item: item[1])
+            errors = [error_text(providers[name]["error"]) for name in (provider, peer)]
             rows.append(
                 [
                     result["op"],
-                    f"{result['case']} {ours.removeprefix('dlkernels').strip()}".strip(),
+                    f"{result['case']} {provider.removeprefix('dlkernels').strip()}".strip(),
                     time_text(seconds),
                     peer,
                     f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
-                    against_torch(result, ours, ratio_text),
-                    f"{percent_text(least / seconds)} ({roof}-bound)",
+                    against_torch(result, provider, ratio_text),
+                    f"{percent_text(min_seconds / seconds)} ({roof}-bound)",
                     " / ".join(errors),
                 ]
             )
@@ -144,10 +144,10 @@ def small_table(results):
     """How many times faster than each kind of peer, where Python loops take part."""
     rows = []
     for result in results:
-        ours = best(result, is_ours)
+        provider = best(result, is_dlkernels)
         peers = [best(result, wanted) for wanted in KINDS.values()]
-        ratios = [ratio_text(against(result, p, ours)[1]) if p else "" for p in peers]
-        seconds = median(result["providers"][ours]["seconds"])
+        ratios = [ratio_text(against(result, p, provider)[1]) if p else "" for p in peers]
+        seconds = median(result["providers"][provider]["seconds"])
         rows.append([result["op"], result["case"], time_text(seconds), *ratios])
     return ["op", "case", "ours", *KINDS], rows
 
@@ -156,15 +156,16 @@ def step_table(results):
     """Every training step: our best provider against the best peer."""
     rows = []
     for result in results:
-        ours, peer = best(result, is_ours), best(result, lambda name: not is_ours(name))
-        providers = [result["providers"][name] for name in (ours, peer)]
+        provider = best(result, is_dlkernels)
+        peer = best(result, lambda name: not is_dlkernels(name))
+        providers = [result["providers"][name] for name in (provider, peer)]
         times = [time_text(median(p["seconds"])) for p in providers]
         errors = [error_text(p["error"]) for p in providers]
-        q1, q2, q3 = against(result, peer, ours)
+        q1, q2, q3 = against(result, peer, provider)
         rows.append(
             [
                 result["case"],
-                f"{ours}, {times[0]}",
+                f"{provider}, {times[0]}",
                 f"{peer}, {times[1]}",
                 f"{q2:.2f} [{q1:.2f}, {q3:.2f}]",
                 against_torch(result, "dlkernels", "{:.2f}".format),  # as installed, too
@@ -184,8 +185,8 @@ def all_steps_table(results):
             return f"{time_text(median(p['seconds']))}, {p['peak'] / 1e6:.0f} MB"
         return "failed" if name in result["failed"] else ""
 
-    most_first = sorted(results, key=lambda r: -len(r["providers"]))  # keeps their order
-    names = dict.fromkeys(name for r in most_first for name in (*r["providers"], *r["failed"]))
+    by_count = sorted(results, key=lambda r: -len(r["providers"]))  # keeps their order
+    names = dict.fromkeys(name for r in by_count for name in (*r["providers"], *r["failed"]))
     rows = [[name, *(cell(result, name) for result in results)] for name in names]
     return ["a step takes", *(result["case"] for result in results)], rows
 
@@ -321,13 +322,13 @@ def plot(path, machine, results):
     figure = Figure(figsize=(9, 1.6 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for y, result in enumerate(shown):
-        peer = best(result, lambda name: not is_ours(name))
-        all_ours = list(filter(is_ours, result["providers"]))
-        for ours in [best(result, is_ours)] if result["op"] == "step" else all_ours:
-            q1, q2, q3 = against(result, peer, ours)
+        peer = best(result, lambda name: not is_dlkernels(name))
+        own = list(filter(is_dlkernels, result["providers"]))
+        for provider in [best(result, is_dlkernels)] if result["op"] == "step" else own:
+            q1, q2, q3 = against(result, peer, provider)
             color = AHEAD if q2 >= 1 else BEHIND
             axes.plot([q1, q3], [y, y], color=color, lw=1.5)
-            axes.plot(q2, y, MARKS[layout(ours)], color=color, ms=6)
+            axes.plot(q2, y, MARKS[layout(provider)], color=color, ms=6)
         axes.text(1.01, y, peer, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         if y and result["op"] != shown[y - 1]["op"]:
             axes.axhline(y - 0.5, color="0.8", lw=0.8)

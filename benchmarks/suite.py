@@ -27,7 +27,7 @@ from . import (
     report,
     steps,
 )
-from .case import APART, PEERS, TRIED, is_one_of, missing, time_case
+from .case import PEERS, SEPARATE, TRIED, is_one_of, missing, time_case
 from .timing import Failed, Others, attempts, copy_roof, fma_roof, interleave
 from .worker import Workers
 
@@ -72,18 +72,18 @@ def prepare(case, mode, builds, workers=None):
 
     Returns:
         {name: step}, {name: its largest error against float64, of the largest value} and
-        {name: why it failed}: a peer may. The step of who is apart has a process of its own, and
-        calling it gives the seconds that a call took there.
+        {name: why it failed}: a peer may. The step of a separate provider has a process of its own,
+        and calling it gives the seconds that a call took there.
     """
     inputs = case.arrays(mode)
     run, arrays = case.exact(inputs)
     exact = [np.array(a) for a in arrays(run())]
 
     def first(name):
-        if workers is not None and is_one_of(APART + TRIED, name):
+        if workers is not None and is_one_of(SEPARATE + TRIED, name):
             workers[name].begin(time_case, case, inputs, name)
             step, results = workers[name].ask, workers[name].answer()
-        if workers is None or not is_one_of(APART, name):
+        if workers is None or not is_one_of(SEPARATE, name):
             step, arrays = builds[name](case, inputs)
             results = arrays(step())
         if [r.shape for r in results] != [e.shape for e in exact]:
@@ -104,8 +104,8 @@ def run(case, mode, quick, machine, workers):
     steps, errors, failed = prepare(case, mode, providers(case, quick), workers)
     others = Others()
     short = {"rounds": 10, "seconds": 0.3, "share": 1.0} if quick else {}
-    apart = {name: steps.pop(name) for name in list(steps) if is_one_of(APART, name)}
-    times = interleave(steps, failed, apart, **short)
+    separate = {name: steps.pop(name) for name in list(steps) if is_one_of(SEPARATE, name)}
+    times = interleave(steps, failed, separate, **short)
     busy = others.cores()
     flops, size = case.flops(mode), case.bytes(mode)
     return {
@@ -189,9 +189,9 @@ def save(file, where, quick, results, complete=False):
     """Write what there is, so that the file is whole at any time."""
     listed = [{"job": what, **result} for what, result in results.items()]
     found = {"complete": complete, "quick": quick, "machine": where, "results": listed}
-    beside = file.with_name(f"{file.name}.part")
-    beside.write_text(json.dumps(found, indent=1))
-    os.replace(beside, file)
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(json.dumps(found, indent=1))
+    os.replace(temporary, file)
 
 
 CHANGES = ("date", "flops_per_second", "busy_cores")  # from run to run

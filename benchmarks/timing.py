@@ -61,13 +61,14 @@ def attempts(f, names, failed):
     return found
 
 
-def interleave(steps, failed, apart=(), **limits):
-    """Time steps, {name: callable}, in turns, and what times itself `apart`: see take_turns()."""
+def interleave(steps, failed, separate=(), **limits):
+    """Time steps, {name: callable}, in turns. `separate` are steps that time themselves: see
+    take_turns()."""
     gc.collect()
     gc.disable()  # a collection would be some step's bad luck
     try:
         turns = attempts(lambda name: turn(steps[name]), steps, failed)
-        return take_turns(turns | dict(apart), failed, **limits)
+        return take_turns(turns | dict(separate), failed, **limits)
     finally:
         gc.enable()
 
@@ -160,7 +161,7 @@ class Others:
     """CPU time of other processes since this was made."""
 
     BUSY = 0.2  # cores: an OpenMP region waits for its slowest thread
-    ours: ClassVar = set()  # the pids of living children that are no others
+    children: ClassVar = set()  # the pids of living children that are no others
 
     def __init__(self):
         self.begin = self._now()
@@ -171,7 +172,7 @@ class Others:
                 int, file.readline().split()[1:9]
             )
         machine = (user + nice + system + irq + softirq + stolen) / TICKS
-        return clock(), machine - sum(os.times()[:4]) - sum(map(cpu_time, self.ours))
+        return clock(), machine - sum(os.times()[:4]) - sum(map(cpu_time, self.children))
 
     def cores(self):
         """How many cores they kept busy."""

@@ -55,7 +55,7 @@ class Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            Others.ours.remove(self.process.pid)
+            Others.children.remove(self.process.pid)
             self.connection.close()
             self.output.close()
             self.process = None
@@ -74,7 +74,7 @@ class Worker:
                 stderr=self.output,
                 start_new_session=True,  # Ctrl-C is for the parent, which closes it
             )
-        Others.ours.add(self.process.pid)
+        Others.children.add(self.process.pid)
 
     def _send(self, message):
         with suppress(OSError):  # it died: answer() says how

@@ -10,14 +10,14 @@ class _Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in (*_names, "fordblks", "keepcost")]
 
 
-def tune_allocator():
+def tune_allocator() -> bool:
     """Makes this process keep memory that was freed, for good: call it before training.
 
     As installed, glibc gives every large tensor pages of its own and returns them when the tensor
     dies. The next step then waits for the system to clear new ones, often for longer than it
     computes. This is ``mallopt(M_MMAP_MAX, 0)`` and ``mallopt(M_TRIM_THRESHOLD, -1)``, the same as
     ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` in the environment, and speeds up PyTorch's
-    kernels as it does ours. Huge pages are left as they are: once pages are kept, they gained
+    kernels as well. Huge pages are left as they are: once pages are kept, they gained
     nothing that could be measured.
 
     The price: other processes don't get back what a peak has taken until this one ends, and holes
@@ -25,7 +25,7 @@ def tune_allocator():
     gain less than the main thread.
 
     Returns:
-        bool: whether glibc serves malloc here, and so whether anything has changed.
+        Whether glibc serves malloc here, and so whether anything has changed.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -36,7 +36,7 @@ def tune_allocator():
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-def _serves_malloc(libc):
+def _serves_malloc(libc: ctypes.CDLL) -> bool:
     """Whether memory comes from glibc, and not from an allocator that was preloaded. The address of
     malloc does not tell: where the interpreter is no PIE, it is one in the interpreter."""
     size = 1 << 26
@@ -45,7 +45,7 @@ def _serves_malloc(libc):
     everyones.malloc.argtypes, everyones.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     everyones.free.argtypes, everyones.free.restype = [ctypes.c_void_p], None
 
-    def used():  # modulo 2^32
+    def used() -> int:  # modulo 2^32
         info = libc.mallinfo()
         return info.hblkhd + info.uordblks
 

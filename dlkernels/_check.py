@@ -18,7 +18,7 @@ def _classes(x):
     return torch.arange(len(x)) % x.shape[1]
 
 
-# op: ours, the same by PyTorch, shapes of their arguments
+# op: (our function, PyTorch's, shapes of their arguments)
 CASES = {
     "linear": (functional.linear, F.linear, [(37, 70), (45, 70), (45,)]),
     "linear_relu": (functional.linear_relu, _linear_relu, [(37, 70), (45, 70), (45,)]),
@@ -84,13 +84,13 @@ def check():
         what rounding makes of it, and far less than a wrong kernel would.
     """
     found = {}
-    for op, (ours, torchs, shapes) in CASES.items():
+    for op, (function, reference, shapes) in CASES.items():
         random = torch.Generator().manual_seed(0)  # the caller's numbers stay what they are
         args = [torch.randn(shape, generator=random) for shape in shapes]
         try:
             with _state.set_fallback("error"):
-                got = _results(ours, args)
-            exact = _results(torchs, [x.double() for x in args])
+                got = _results(function, args)
+            exact = _results(reference, [x.double() for x in args])
             errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, exact)]
             error = float(torch.stack(errors).max())  # NaN where one of them is
         except Exception as raised:  # whatever it is belongs into the report

@@ -5,7 +5,7 @@ from pathlib import Path
 from . import _C, _build
 
 
-def _load():
+def _load() -> str:
     """Load them; why not, or ""."""
     if _build.CUDA_REASON:
         return _build.CUDA_REASON

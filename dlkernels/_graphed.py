@@ -1,9 +1,19 @@
 """A whole training step as one CUDA graph."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def graphed(model, loss, optimizer, sample):
+def graphed(
+    model: torch.nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    sample: tuple[Tensor, Tensor],
+) -> Step:
     """A training step, captured once as a CUDA graph and replayed: for models so small that
     starting kernels takes longer than running them.
 
@@ -45,7 +55,7 @@ def graphed(model, loss, optimizer, sample):
             f"graphed: sample and model must be on one device, got {sorted(map(str, devices))}"
         )
 
-    def step(input, target):
+    def step(input: Tensor, target: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         value = loss(model(input), target)
         value.backward()
@@ -57,12 +67,12 @@ def graphed(model, loss, optimizer, sample):
     _make_capturable(optimizer, sample[0].device)
     static = [tensor.detach().clone() for tensor in sample]
 
-    def rates():
+    def rates() -> list[object]:
         return [
             id(lr) if torch.is_tensor(lr := group["lr"]) else lr for group in optimizer.param_groups
         ]
 
-    def capture():
+    def capture() -> tuple[torch.cuda.CUDAGraph, Tensor, list[object]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(sample[0].device), torch.cuda.graph(graph):
             value = step(*static)
@@ -72,7 +82,7 @@ def graphed(model, loss, optimizer, sample):
         _warm_up(lambda: step(*static), model, optimizer)
     captured = capture()
 
-    def replay(input, target):
+    def replay(input: Tensor, target: Tensor) -> Tensor:
         nonlocal captured
         if [(t.shape, t.dtype) for t in (input, target)] != [(t.shape, t.dtype) for t in static]:
             return step(input, target)
@@ -86,7 +96,7 @@ def graphed(model, loss, optimizer, sample):
     return replay
 
 
-def _make_capturable(optimizer, device):
+def _make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Keep on the device what a step reads and changes."""
     for group in optimizer.param_groups:
         if "capturable" in group:
@@ -97,7 +107,9 @@ def _make_capturable(optimizer, device):
                 state["step"] = torch.as_tensor(state["step"], device=device, dtype=torch.float32)
 
 
-def _warm_up(step, model, optimizer):
+def _warm_up(
+    step: Callable[[], object], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Run the step some times on a stream of its own, so that everything there is to choose or
     allocate is, and put the model and the optimizer back in place."""
     kept = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
@@ -118,5 +130,5 @@ def _warm_up(step, model, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def _state_tensors(optimizer):
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]

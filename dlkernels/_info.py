@@ -2,20 +2,24 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import torch
 
 from . import _C, _build, _cuda
 
+Kernels = dict[str, dict[str, dict[str, str]]]  # {op: {device: {dtype: "yes" or why not}}}
 
-class Info(dict):
+
+class Info(dict[str, Any]):
     """A dict that prints as a table."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(map(len, self))
 
-        def text(value):
+        def text(value: Any) -> str:
             if isinstance(value, bool):
                 return "yes" if value else "no"
             if isinstance(value, dict):
@@ -26,7 +30,7 @@ class Info(dict):
         return "\n".join(f"{key:{width}}  {text(value)}" for key, value in shown.items())
 
 
-def _warnings():
+def _warnings() -> Iterator[str]:
     wanted = os.environ.get("DLKERNELS_ISA", "").replace("default", "baseline")
     if wanted and wanted != _C.isa():
         yield f"DLKERNELS_ISA asks for {wanted}, and {_C.isa()} is used"
@@ -38,7 +42,7 @@ def _warnings():
         yield f"built as {_build.VERSION}, and {installed} is installed: build again"
 
 
-def _no_products():
+def _no_products() -> str:
     """Why products of matrices, and convolutions, are PyTorch's on a GPU that is here, or ""."""
     for i in range(torch.cuda.device_count()):
         if (found := torch.cuda.get_device_capability(i)) < (8, 0):
@@ -49,12 +53,12 @@ def _no_products():
     return ""
 
 
-def kernels():
+def kernels() -> Kernels:
     """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
     others = "left to PyTorch's own op: our kernels for the {} are for {}".format
     no_products = _cuda.REASON or _no_products()
 
-    def cpu(op):
+    def cpu(op: str) -> dict[str, str]:
         products = op in ("linear", "linear_relu", "mlp") or op.startswith("conv2d")
         left = others("CPU", "float32, bfloat16 and float16" if products else "float32")
         bfloat16 = float16 = "yes" if products else left
@@ -62,22 +66,22 @@ def kernels():
             bfloat16 = "left to PyTorch's own op: this processor multiplies bfloat16"
         return {"float32": "yes", "bfloat16": bfloat16, "float16": float16, "float64": left}
 
-    def cuda(op):
-        ours = _cuda.REASON or "yes"
+    def cuda(op: str) -> dict[str, str]:
+        answer = _cuda.REASON or "yes"
         if op.endswith("_") and op != "adam_":
-            ours = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
+            answer = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
         elif op.startswith(("linear", "mlp", "conv2d")):
-            ours = no_products or "yes"
+            answer = no_products or "yes"
         wide = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
-        return {"float32": ours, "bfloat16": ours, "float16": ours, "float64": wide}
+        return {"float32": answer, "bfloat16": answer, "float16": answer, "float64": wide}
 
     ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
     return {op: {"cpu": cpu(op), "cuda": cuda(op)} for op in ops}
 
 
-def _summary(kernels):
+def _summary(kernels: Kernels) -> list[str]:
     """["cpu float32: all ops", ...]: which ops have a kernel there."""
-    places = {}
+    places: dict[str, list[str]] = {}
     for op, devices in kernels.items():
         for device, dtypes in devices.items():
             for dtype, answer in dtypes.items():
@@ -90,7 +94,7 @@ def _summary(kernels):
     ]
 
 
-def info():
+def info() -> Info:
     """What this build is and what it runs on, as a dict that prints as a table.
 
     ``kernels`` is ``{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}``.

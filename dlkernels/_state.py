@@ -3,6 +3,8 @@
 import functools
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -12,7 +14,9 @@ from . import _C
 # plain global, because torch.compile guards on it and recompiles.
 enabled = True
 
-_module = sys.modules[__name__]
+_module: Any = sys.modules[__name__]
+P = ParamSpec("P")
+R = TypeVar("R")
 _lock = threading.Lock()
 _inside = 0  # entries of all threads
 
@@ -24,7 +28,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enabled_here():
+def enabled_here() -> bool:
     """Whether this thread is outside disabled(), asked while some thread is inside.
 
     torch.compile can't guard on a thread, so what it compiles then is PyTorch's for all of them.
@@ -33,28 +37,28 @@ def enabled_here():
 
 
 class disabled:
-    """PyTorch's own ops in place of ours, not counted: ``with disabled():`` or ``@disabled()``.
+    """Runs PyTorch's own ops instead, not counted: ``with disabled():`` or ``@disabled()``.
 
     Holds for the thread that enters it, as :class:`torch.no_grad` does, and may be nested. A
     backward pass is what its forward recorded, wherever it runs. A generator or coroutine is
     only created inside the decorator, not run there: use ``with`` in its body.
     """
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._step(1)
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._step(-1)
 
-    def __call__(self, f):
+    def __call__(self, f: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(f)
-        def wrapper(*args, **kwargs):
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             with disabled():  # a new one: torch.compile can't enter one made outside its region
                 return f(*args, **kwargs)
 
         return wrapper
 
-    def _step(self, by):
+    def _step(self, by: int) -> None:
         global enabled, _inside
         if torch.compiler.is_compiling():
             # No lock, which can't be traced, and an attribute, because a write to a global of the
@@ -69,7 +73,7 @@ class disabled:
         _thread.inside += by
 
 
-def stats():
+def stats() -> dict[str, dict[str, int]]:
     """How often each op ran: ``{op: {"kernel": calls of our kernel, "torch": left to PyTorch}}``.
 
     Ops that torch.compile traced into PyTorch's own are not counted.
@@ -77,7 +81,7 @@ def stats():
     return {op: {"kernel": k, "torch": t} for op, (k, t) in sorted(_C.stats().items())}
 
 
-def reset_stats():
+def reset_stats() -> None:
     """Sets every count of :func:`stats` to 0."""
     _C.reset_stats()
 
@@ -94,15 +98,15 @@ class set_fallback:
         ValueError: for any other `to`.
     """
 
-    def __init__(self, to):
+    def __init__(self, to: Literal["torch", "error"]) -> None:
         if not isinstance(to, str) or to not in ("torch", "error"):
             raise ValueError(f'set_fallback: to must be "torch" or "error", got {to!r}')
         self._before = _C.set_fallback_error(to == "error")
 
-    def __enter__(self):
+    def __enter__(self) -> "set_fallback":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         _C.set_fallback_error(self._before)
 
 
@@ -123,13 +127,13 @@ class set_precision:
         ValueError: for any other `to`.
     """
 
-    def __init__(self, to):
+    def __init__(self, to: Literal["fast", "ieee"]) -> None:
         if not isinstance(to, str) or to not in ("ieee", "fast"):
             raise ValueError(f'set_precision: to must be "ieee" or "fast", got {to!r}')
         self._before = _C.set_precision_ieee(to == "ieee")
 
-    def __enter__(self):
+    def __enter__(self) -> "set_precision":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         _C.set_precision_ieee(self._before)

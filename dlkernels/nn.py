@@ -5,13 +5,17 @@ modules of a model into these.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import functional
 from ._convert import patterns
-from ._convert.classes import TORCHS, is_leaf_in_fx, replaces
+from ._convert.classes import ORIGINALS, is_leaf_in_fx, replaces
+from ._dispatch import IntOrPair
 
 __all__ = [
     "MLP",
@@ -33,7 +37,7 @@ class Linear(torch.nn.Linear):
     __doc__ = torch.nn.Linear.__doc__
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
 
 
@@ -41,7 +45,7 @@ class LinearReLU(Linear):
     """``relu(linear(x))`` in one pass. Constructed as :class:`torch.nn.Linear` is."""
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
 
 
@@ -50,11 +54,11 @@ class Sequential(torch.nn.Sequential):
     """:class:`torch.nn.Sequential` that runs some modules in a row as one op: linear layers with
     ReLUs between them; a Linear or Conv2d and a ReLU; a Conv2d, a ReLU and a MaxPool2d.
 
-    It decides so at each call, where each of them is exactly ours and has no hook, so that nobody
-    sees the values in between.
+    It decides so at each call: each of these modules must be exactly of a class of
+    :mod:`dlkernels.nn` and have no hook, so that nobody sees the values in between.
     """
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         modules, i, find = list(self._modules.values()), 0, patterns.find()
         while i < len(modules):
             found = find(modules, i, input)
@@ -80,23 +84,29 @@ class MLP(Sequential):
         ValueError: for fewer than two sizes.
     """
 
-    def __init__(self, sizes, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        sizes: Iterable[int],
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         sizes = list(sizes)
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be two or more numbers, got {sizes}")
-        layers = []
+        layers: list[torch.nn.Module] = []
         for i, (before, after) in enumerate(pairwise(sizes)):
             layers += [ReLU()] if i else []
             layers.append(Linear(before, after, bias=bias, device=device, dtype=dtype))
         super().__init__(*layers)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):  # torch's would construct another MLP from them
             return Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
 
-TORCHS[MLP] = torch.nn.Sequential  # what revert() makes of it
+ORIGINALS[MLP] = torch.nn.Sequential  # what revert() makes of it
 
 
 @replaces(torch.nn.ReLU)
@@ -105,7 +115,7 @@ class ReLU(torch.nn.ReLU):
     pass, except after a layer in a :class:`Sequential`."""
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if self.inplace:
             return super().forward(input)
         return functional.relu(input)
@@ -117,7 +127,7 @@ class LeakyReLU(torch.nn.LeakyReLU):
     single pass."""
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if self.inplace:
             return super().forward(input)
         return functional.leaky_relu(input, self.negative_slope)
@@ -125,18 +135,25 @@ class LeakyReLU(torch.nn.LeakyReLU):
 
 @replaces(torch.nn.Conv2d)
 class Conv2d(torch.nn.Conv2d):
-    __doc__ = torch.nn.Conv2d.__doc__
+    __doc__ = torch.nn.Conv2d.__doc__  # type: ignore[assignment]
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias)
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(functional.conv2d, input, weight, bias)
 
-    def _convolve(self, conv2d, input, weight, bias, *pool):
+    def _convolve(
+        self,
+        conv2d: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *pool: Any,
+    ) -> Tensor:
         """`conv2d`, one of :mod:`dlkernels.functional` that convolve, with this module's sizes."""
-        padding = self.padding
+        padding: str | IntOrPair = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(
                 input, self._reversed_padding_repeated_twice, mode=self.padding_mode
@@ -148,7 +165,7 @@ class Conv2d(torch.nn.Conv2d):
 class Conv2dReLU(Conv2d):
     """``relu(conv2d(x))`` in one pass. Constructed as :class:`torch.nn.Conv2d` is."""
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(functional.conv2d_relu, input, weight, bias)
 
 
@@ -157,7 +174,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
     __doc__ = torch.nn.MaxPool2d.__doc__
 
     @is_leaf_in_fx
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return functional.max_pool2d(
             input,
             self.kernel_size,
@@ -175,23 +192,23 @@ class Conv2dReLUMaxPool2d(Conv2d):
 
     def __init__(
         self,
-        *args,
-        pool_kernel_size=2,
-        pool_stride=None,
-        pool_padding=0,
-        pool_dilation=1,
-        ceil_mode=False,
-        **kwargs,
-    ):
+        *args: Any,
+        pool_kernel_size: IntOrPair = 2,
+        pool_stride: IntOrPair | None = None,
+        pool_padding: IntOrPair = 0,
+        pool_dilation: IntOrPair = 1,
+        ceil_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         stride = pool_kernel_size if pool_stride is None else pool_stride
         self._pool = pool_kernel_size, stride, pool_padding, pool_dilation, ceil_mode
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         op = functional.conv2d_relu_max_pool2d
         return self._convolve(op, input, weight, bias, *self._pool)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
         pool = [f"{name}={value}" for name, value in zip(names, self._pool)]
         return ", ".join([super().extra_repr(), *pool])
@@ -202,7 +219,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __doc__ = torch.nn.CrossEntropyLoss.__doc__
 
     @is_leaf_in_fx
-    def forward(self, input, target):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             input,
             target,

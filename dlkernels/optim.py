@@ -8,11 +8,20 @@ is ``capturable`` but for Adam on CUDA, whose learning rate may be a tensor ther
 """
 
 import sys
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from . import _C, functional
+from . import _C
+from ._dispatch import aten, is_eligible
+
+Group = dict[str, Any]  # of an optimizer's param_groups
+# The parameters of a group, and what _arguments() returns.
+OpGroup = tuple[Sequence[Tensor], tuple[str | None, ...], tuple[Any, ...], tuple[bool, ...]]
+State = MutableMapping[Tensor, dict[str, Any]]
+R = TypeVar("R")
 
 __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
 
@@ -20,16 +29,25 @@ __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
 class _Optimizer:
     """What stands between an optimizer of PyTorch's and our op."""
 
-    _op = None  # its name
-    _lists = None  # how many of them PyTorch's _init_group fills
+    _op: str  # its name
+    _lists: int  # how many of them PyTorch's _init_group fills
+    param_groups: list[Group]
+    state: Any
+    _init_group: Any
 
-    def _arguments(self, group):
+    def _arguments(
+        self, group: Group
+    ) -> tuple[tuple[str | None, ...], tuple[Any, ...], tuple[bool, ...]]:
         """What our op takes of a group, each in the op's order: the keys of a parameter's state,
         with None for an option that is off; numbers, lr first; and options."""
         raise NotImplementedError
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], R]) -> R: ...
     @torch._disable_dynamo  # torch.compiler.disable, but imports torch._dynamo at the first step
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters that have a gradient.
 
         Args:
@@ -42,23 +60,23 @@ class _Optimizer:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not (functional._ours() and self._step()):
-            functional._torch(self._op, self._torch_step)
+        if not (is_eligible() and self._step()):
+            aten(self._op, self._step_aten)
         return loss
 
-    def _torch_step(self):
-        """PyTorch's step; not its fused one on tensors that are no runs of memory in one order: on
-        the CPU it takes them for such, and reads and writes outside of them."""
-        groups = [g for g in self.param_groups if g.get("fused") and not self._are_runs(g)]
+    def _step_aten(self) -> None:
+        """PyTorch's step, but never its fused one on tensors that are not contiguous: on the CPU it
+        takes them for contiguous ones, and reads and writes outside of them."""
+        groups = [g for g in self.param_groups if g.get("fused") and not self._are_contiguous(g)]
         for group in groups:
             group["fused"] = False
         try:
-            _unhooked(super().step)()
+            _unhooked(super().step)()  # type: ignore[misc]
         finally:
             for group in groups:
                 group["fused"] = True
 
-    def _are_runs(self, group):
+    def _are_contiguous(self, group: Group) -> bool:
         return all(
             t.is_contiguous()
             for p in group["params"]
@@ -67,7 +85,7 @@ class _Optimizer:
             if isinstance(t, Tensor) and t.layout == torch.strided
         )
 
-    def _step(self):
+    def _step(self) -> bool | None:
         """Our op on every group; False, with nothing done, where one of them is not for it."""
         groups = []
         for group in self.param_groups:
@@ -81,13 +99,17 @@ class _Optimizer:
             done = _C.optim_step(self._op, self.state, groups, *scales)
         return done or self._step_shards(groups, scales)
 
-    def _step_shards(self, groups, scales):
+    def _step_shards(
+        self, groups: list[OpGroup], scales: tuple[Tensor | None, Tensor | None]
+    ) -> bool | None:
         """The same on the shards of DTensors that this process has."""
         shards = _shards(self.state, groups)
-        done = shards is not None and _C.optim_step(self._op, *shards, *scales)
+        if shards is None:
+            return False
+        done = _C.optim_step(self._op, *shards, *scales)
         if done is None:
             shards = _shards(self.state, self._with_states(groups))
-            done = _C.optim_step(self._op, *shards, *scales)
+            done = shards is not None and _C.optim_step(self._op, *shards, *scales)
         if done:
             for p in (p for params, *_ in groups for p in params if p.grad is not None):
                 written = [p, *self.state.get(p, {}).values()]
@@ -95,7 +117,7 @@ class _Optimizer:
                 torch.autograd.graph.increment_version(t for t in written if isinstance(t, Tensor))
         return done
 
-    def _with_states(self, groups):
+    def _with_states(self, groups: list[OpGroup]) -> list[OpGroup]:
         """The same groups, once every parameter that has a gradient has a state."""
         for group in self.param_groups:
             self._init_group(group, *([] for _ in range(self._lists)))
@@ -107,7 +129,7 @@ class SGD(_Optimizer, torch.optim.SGD):
 
     _op = "sgd_"
 
-    def _arguments(self, group):
+    def _arguments(self, group: Group) -> Any:
         momentum = group["momentum"]
         return (
             ("momentum_buffer" if momentum != 0 else None,),
@@ -115,11 +137,12 @@ class SGD(_Optimizer, torch.optim.SGD):
             (group["nesterov"], group["maximize"], False),  # not the first step
         )
 
-    def _with_states(self, groups):
+    def _with_states(self, groups: list[OpGroup]) -> list[OpGroup]:
         """Parameters without a buffer in groups of their own: a first step is not damped."""
-        split = []
+        split: list[OpGroup] = []
         for params, keys, numbers, options in groups:
-            old, new = [], []
+            old: list[Tensor] = []
+            new: list[Any] = []
             for p in params:
                 if p.grad is not None:
                     known = keys == (None,) or self.state[p].get("momentum_buffer") is not None
@@ -141,7 +164,7 @@ class Adam(_Optimizer, torch.optim.Adam):
     _op = "adam_"
     _lists = 6
 
-    def _arguments(self, group):
+    def _arguments(self, group: Group) -> Any:
         beta1, beta2 = group["betas"]
         return (
             ("exp_avg", "exp_avg_sq", "step"),
@@ -160,7 +183,7 @@ class Adagrad(_Optimizer, torch.optim.Adagrad):
     _op = "adagrad_"
     _lists = 4
 
-    def _arguments(self, group):
+    def _arguments(self, group: Group) -> Any:
         return (
             ("sum", "step"),
             (group["lr"], group["lr_decay"], group["weight_decay"], group["eps"]),
@@ -174,7 +197,7 @@ class Adadelta(_Optimizer, torch.optim.Adadelta):
     _op = "adadelta_"
     _lists = 5
 
-    def _arguments(self, group):
+    def _arguments(self, group: Group) -> Any:
         return (
             ("square_avg", "acc_delta", "step"),
             (group["lr"], group["rho"], group["eps"], group["weight_decay"]),
@@ -188,7 +211,7 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
     _op = "rmsprop_"
     _lists = 6
 
-    def _arguments(self, group):
+    def _arguments(self, group: Group) -> Any:
         centered, momentum = group["centered"], group["momentum"]
         return (
             (
@@ -202,7 +225,7 @@ class RMSprop(_Optimizer, torch.optim.RMSprop):
         )
 
 
-def _has_op(group):
+def _has_op(group: Group) -> bool:
     """Whether our ops have the options that a group asks for."""
     if group.get("amsgrad"):
         return False
@@ -211,15 +234,18 @@ def _has_op(group):
     return group.get("differentiable", False) is False and 1 not in group.get("betas", ())
 
 
-def _shards(state, groups):
+def _shards(state: State, groups: list[OpGroup]) -> tuple[State, list[OpGroup]] | None:
     """`state` and `groups` with local tensors in the place of DTensors; None where there are none,
     or one has a gradient or a state that is not split as it is."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if not any(type(p) is dtensor for params, *_ in groups for p in params):
         return None
-    seen, local_state, local_groups = set(), {}, []
-    for params, *arguments in groups:
-        local = []
+    seen: set[Tensor] = set()
+    local_state: State = {}
+    local_groups: list[OpGroup] = []
+    for params, keys, numbers, options in groups:
+        local: list[Tensor] = []
+        p: Any
         for p in (p for p in params if p.grad is not None):
             if p in seen:
                 return None
@@ -234,11 +260,11 @@ def _shards(state, groups):
                 p.grad = grad
             local.append(p)
             local_state[p] = states
-        local_groups.append((local, *arguments))
+        local_groups.append((local, keys, numbers, options))
     return local_state, local_groups
 
 
-def _split_alike(p, t, dtensor):
+def _split_alike(p: Any, t: Any, dtensor: Any) -> bool:
     return (
         type(t) is dtensor
         and t.device_mesh == p.device_mesh
@@ -247,7 +273,7 @@ def _split_alike(p, t, dtensor):
     )
 
 
-def _unhooked(step):
+def _unhooked(step: Any) -> Callable[[], object]:
     """A bound step without the hooks that torch wraps around it: they run around ours."""
     function = step.__func__
     if getattr(function, "hooked", False):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import dlkernels.functional as ours
+from dlkernels._dispatch import conv2d_sizes
 from support import reference
 from support.common import RTOL, assert_exact, assert_refused_alike, calls, check, thinned
 
@@ -191,7 +192,7 @@ def test_threads_give_the_same_bits():
 def test_opcheck(op):
     for args, kwargs in thinned(samples()):
         defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-        sizes = ours._conv2d_sizes(args[1], **{**defaults, **kwargs})
+        sizes = conv2d_sizes(args[1], **{**defaults, **kwargs})
         torch.library.opcheck(getattr(torch.ops.dlkernels, op), (*args, *sizes))
 
 

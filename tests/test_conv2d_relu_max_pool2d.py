@@ -11,6 +11,7 @@ from torch import nn
 
 import dlkernels
 import dlkernels.functional as ours
+from dlkernels._dispatch import conv2d_sizes
 from support import reference
 from support.common import RTOL, assert_refused_alike, calls, check, steps, thinned
 
@@ -217,7 +218,7 @@ def test_keeps_a_byte_for_every_maximum():
 
 def op_arguments(args, kwargs):
     conv = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    sizes = ours._conv2d_sizes(args[1], **{name: kwargs.get(name, conv[name]) for name in conv})
+    sizes = conv2d_sizes(args[1], **{name: kwargs.get(name, conv[name]) for name in conv})
     return *args, *sizes
 
 

@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 
 import dlkernels.functional as ours
 from dlkernels import _C
+from dlkernels._dispatch import direct
 
 X, W, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
 IMAGE, WINDOW = torch.ones(1, 2, 6, 6), torch.ones(3, 2, 3, 3)
@@ -48,13 +49,13 @@ def outcome(f, args):
 
 def assert_alike(op, args):
     overload = getattr(torch.ops.dlkernels, op).default
-    assert outcome(getattr(ours._direct, op), args) == outcome(overload, args), args
+    assert outcome(getattr(direct, op), args) == outcome(overload, args), args
 
 
 @every
 def test_usual_arguments(op):
     overload, args = getattr(torch.ops.dlkernels, op).default, ARGUMENTS[op]
-    results = [f(*args) for f in (getattr(ours._direct, op), overload)]
+    results = [f(*args) for f in (getattr(direct, op), overload)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert type(results[0]) is type(results[1])
 
@@ -90,7 +91,7 @@ def test_odd_numbers_of_arguments(op):
         assert_alike(op, args[:n])
     assert_alike(op, (*args, 1))
     with pytest.raises(TypeError, match=op):  # which has no keywords
-        getattr(ours._direct, op)(input=X)
+        getattr(direct, op)(input=X)
 
 
 class Logged(TorchFunctionMode):

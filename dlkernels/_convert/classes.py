@@ -1,59 +1,66 @@
-"""Our classes in the place of PyTorch's, and methods of ours in the place of others'.
+"""Classes that replace PyTorch's, and methods that replace other people's.
 
-A method of ours runs while the method that it replaces is what it was. So a new forward set on
+A replacement runs while the method that it replaces is what it was. So a new forward set on
 ``torch.nn.Linear``, or on a user's own class, reaches the modules that were converted before.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.fx import Proxy
 
-OURS = {}  # {a class of torch.nn: ours}
-TORCHS = {}  # {our class: PyTorch's}
-# {our class: (PyTorch's, methods, whether it has weight and bias)}, where methods is ((class, name,
-# function), ...): while all of these are what they were, the class computes what PyTorch's does.
-KNOWN = {}
+Module = type[torch.nn.Module]
+Methods = tuple[tuple[type, str, object], ...]  # (class, name, function)
+C = TypeVar("C", bound=Module)
+F = TypeVar("F", bound=Callable[..., Any])
+
+REPLACEMENTS: dict[Module, Module] = {}  # {a class of torch.nn: the one that replaces it}
+ORIGINALS: dict[Module, Module] = {}  # {one of our classes: the class of torch.nn}
+# {one of our classes: (the class of torch.nn, methods, whether it has weight and bias)}: while all
+# of these methods are what they were, both classes compute the same.
+KNOWN: dict[Module, tuple[Module, Methods, bool]] = {}
 
 
-def are_unchanged(methods):
+def are_unchanged(methods: Methods) -> bool:
     """Whether each (class, name, function) is what it was."""
     return all(getattr(cls, name) is function for cls, name, function in methods)
 
 
-def in_place_of(cls, name, ours):
-    """`ours`, or where the method `name` of `cls` was changed since, that one."""
+def in_place_of(cls: type, name: str, replacement: F) -> F:
+    """`replacement`; or the method `name` of `cls`, where that was changed since."""
     was = getattr(cls, name)
     code = was.__code__
 
-    @functools.wraps(ours)
-    def method(self, *args, **kwargs):
+    @functools.wraps(replacement)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         now = getattr(cls, name)
         if now is was and now.__code__ is code:
-            return ours(self, *args, **kwargs)
+            return replacement(self, *args, **kwargs)
         return now(self, *args, **kwargs)
 
-    return method
+    return cast(F, method)
 
 
-def replaces(torchs):
-    """Decorates a subclass of `torchs`, a class of torch.nn, which computes the same: convert()
-    puts it in that one's place."""
+def replaces(original: Module) -> Callable[[C], C]:
+    """Decorates a subclass of `original`, a class of torch.nn, that computes the same: convert()
+    replaces `original` by it."""
 
-    def register(ours):
-        names = [name for name in ("forward", "_conv_forward") if name in vars(ours)]
+    def register(replacement: C) -> C:
+        names = [name for name in ("forward", "_conv_forward") if name in vars(replacement)]
         for name in names:
-            setattr(ours, name, in_place_of(torchs, name, vars(ours)[name]))
-        OURS[torchs], TORCHS[ours] = ours, torchs
-        methods = tuple((cls, n, getattr(cls, n)) for n in names for cls in (torchs, ours))
-        is_layer = issubclass(torchs, (torch.nn.Linear, torch.nn.Conv2d))
-        KNOWN[ours] = torchs, methods, is_layer
-        return ours
+            setattr(replacement, name, in_place_of(original, name, vars(replacement)[name]))
+        REPLACEMENTS[original], ORIGINALS[replacement] = replacement, original
+        methods = tuple((cls, n, getattr(cls, n)) for n in names for cls in (original, replacement))
+        is_layer = issubclass(original, (torch.nn.Linear, torch.nn.Conv2d))
+        KNOWN[replacement] = original, methods, is_layer
+        return replacement
 
     return register
 
 
-def is_leaf_in_fx(forward):
+def is_leaf_in_fx(forward: F) -> F:
     """Decorates a forward: torch.fx traces it as one node, where it would do so with PyTorch's.
 
     Its rule, ``Tracer.is_leaf_module``, knows PyTorch's classes alone: it is asked about a module
@@ -61,16 +68,16 @@ def is_leaf_in_fx(forward):
     """
 
     @functools.wraps(forward)
-    def leaf(self, input, *args, **kwargs):
+    def leaf(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
-            tracer = input.tracer
-            cls = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn"))
+            tracer: Any = input.tracer
+            cls: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn"))
             twin, path = cls.__new__(cls), tracer.path_of_module(self)
             object.__setattr__(twin, "__dict__", self.__dict__)
             if tracer.is_leaf_module(twin, path):
                 return tracer.create_proxy("call_module", path, (input, *args), kwargs)
-            if type(self) in TORCHS:
+            if type(self) in ORIGINALS:
                 return cls.forward(twin, input, *args, **kwargs)
         return forward(self, input, *args, **kwargs)
 
-    return leaf
+    return cast(F, leaf)

@@ -4,20 +4,24 @@ Only ``module.__class__`` changes: Parameters, tied weights, optimizers, hooks a
 stay what they are.
 """
 
+from typing import TypeVar
+
 import torch
 
 from . import forward
-from .classes import OURS, TORCHS
+from .classes import ORIGINALS, REPLACEMENTS
 from .report import check, report, why_kept
 
+M = TypeVar("M", bound=torch.nn.Module)
 
-def convert(model, *, fuse=True, verbose=False):
-    """Makes the modules of `model` run on kernels of ours, in place: ``model = convert(model)``.
 
-    ``Linear``, ``ReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and ``Sequential`` of
-    :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any dtype. Each module
-    still computes what it did, also after changes to the model; what is added later runs on our
-    kernels after another convert.
+def convert(model: M, *, fuse: bool = True, verbose: bool = False) -> M:
+    """Makes the modules of `model` run on dlkernels' kernels, in place: ``model = convert(model)``.
+
+    ``Linear``, ``ReLU``, ``LeakyReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and
+    ``Sequential`` of :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any
+    dtype. Each module still computes what it did, also after changes to the model. Modules that are
+    added later are converted by another call.
 
     An ``nn.Sequential``, and the forward of another class, runs ``relu(linear(x))``,
     ``relu(conv2d(x))``, ``max_pool2d(relu(conv2d(x)))`` and stacks of linear layers with ReLUs as
@@ -38,9 +42,9 @@ def convert(model, *, fuse=True, verbose=False):
     """
     check("convert", model)
     for m in model.modules():
-        if type(m) in OURS and not why_kept(m):
-            m.__class__ = OURS[type(m)]
-        if type(m) is OURS[torch.nn.Sequential] and not fuse:
+        if type(m) in REPLACEMENTS and not why_kept(m):
+            m.__class__ = REPLACEMENTS[type(m)]
+        if type(m) is REPLACEMENTS[torch.nn.Sequential] and not fuse:
             m.__class__ = torch.nn.Sequential
     for m in model.modules():
         if "forward" not in vars(m):
@@ -50,12 +54,13 @@ def convert(model, *, fuse=True, verbose=False):
     return model
 
 
-def revert(model):
+def revert(model: M) -> M:
     """Undoes :func:`convert`, in place: ``model = revert(model)``.
 
-    Every module of ours becomes PyTorch's again, in any later state of the model, in copies and in
-    parts, and also where it was constructed as ours. ``LinearReLU``, ``Conv2dReLU`` and
-    ``Conv2dReLUMaxPool2d``, which PyTorch does not have, and subclasses that others made stay.
+    Every module of :mod:`dlkernels.nn` becomes PyTorch's, also one that was constructed as such. It
+    works in any later state of the model, and on copies and parts of it. ``LinearReLU``,
+    ``Conv2dReLU`` and ``Conv2dReLUMaxPool2d``, which PyTorch does not have, and subclasses that
+    others made stay.
 
     Returns:
         `model`
@@ -69,16 +74,16 @@ def revert(model):
     return model
 
 
-def _set_class(m, cls):
+def _set_class(m: torch.nn.Module, cls: type) -> None:
     if cls is not type(m):
         m.__class__ = cls
 
 
-def _reverted(cls):
-    """PyTorch's class in whose place `cls` is, or the one of which it is a form of ours."""
+def _reverted(cls: type) -> type:
+    """PyTorch's class in whose place `cls` is, or the one that `cls` was derived from here."""
     cls = forward.base_of(cls)
-    if cls in TORCHS:
-        return TORCHS[cls]
+    if cls in ORIGINALS:
+        return ORIGINALS[cls]
     bases = tuple(map(_reverted, cls.__bases__)) if cls.__module__.startswith("torch.") else ()
     if bases == cls.__bases__ or not bases:
         return cls

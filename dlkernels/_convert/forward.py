@@ -104,13 +104,13 @@ def _rewritten(cls, module):
     relus |= {name for name, f in vars(module).items() if is_one_of(f, RELUS)}
     methods, reason = [], None
     for name, f in _functions(cls).items():
-        called = rewrite.names(f.__code__)
-        if name == "__init__" or not called & {*relus, *METHOD_RELUS}:
+        used = rewrite.names(f.__code__)
+        if name == "__init__" or not used & {*relus, *METHOD_RELUS}:
             continue
         code, chains, why = rewrite.rewrite(f, module)
         if chains:
             methods.append((name, f, code, chains))
-        elif called & {*METHOD_RELUS} - relus:
+        elif used & {*METHOD_RELUS} - relus:
             reason = why
     return methods, reason
 

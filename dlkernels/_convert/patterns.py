@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from .. import _C, functional
+from .._dispatch import is_eligible
 from .classes import KNOWN, are_unchanged
 
 # ---- the ops: of the input, the steps, and the weights and biases of those that have some -----
@@ -126,7 +127,7 @@ def find_in_python(steps, begin, input):
     """(op, end, weights, biases) to run steps[begin:end] on `input` by, with the biases that are
     not None; or None where steps[begin] is to be called, also because `input` is no plain tensor or
     all modules are watched."""
-    if not functional._ours(input) or any(_GLOBAL_HOOKS):
+    if not is_eligible(input) or any(_GLOBAL_HOOKS):
         return None
     op, end = match(steps, begin)
     if op is None:

@@ -1,11 +1,12 @@
 """What of a model runs on our kernels, worked out from the model as it is."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from . import forward, patterns
-from .classes import OURS, TORCHS
+from .classes import ORIGINALS, REPLACEMENTS
 
 
 class Converted(NamedTuple):
@@ -29,11 +30,17 @@ class Left(NamedTuple):
 class Report:
     """``converted``, ``fused`` and ``left``, lists of named tuples; prints as a table."""
 
-    def __init__(self):
-        self.converted, self.fused, self.left = [], [], []
+    def __init__(self) -> None:
+        self.converted: list[Converted] = []
+        self.fused: list[Fused] = []
+        self.left: list[Left] = []
 
-    def __str__(self):
-        tables = {"converted": self.converted, "fused": self.fused, "left": self.left}
+    def __str__(self) -> str:
+        tables: dict[str, Sequence[tuple[str, str, str]]] = {
+            "converted": self.converted,
+            "fused": self.fused,
+            "left": self.left,
+        }
         rows = [row for table in tables.values() for row in table]
         widths = [max((len(row[i] or "(model)") for row in rows), default=0) for i in (0, 1)]
         lines = [", ".join(f"{title} {len(table)}" for title, table in tables.items())]
@@ -51,17 +58,18 @@ class Report:
     __repr__ = __str__
 
 
-def report(model):
+def report(model: torch.nn.Module) -> Report:
     """What of `model` runs on our kernels, as it is now: ``print(dlkernels.report(model))``.
 
     Args:
         model: any module
 
     Returns:
-        A report with three lists of named tuples: ``converted`` (name, before, after): the modules
-        of classes of ours; ``fused`` (name, op, modules): what the containers and forwards among
-        them run as one op; ``left`` (name, type, reason): what stays PyTorch's. It prints as a
-        table.
+        A report with three lists of named tuples, which prints as a table:
+
+        * ``converted`` (name, before, after): the modules of :mod:`dlkernels.nn`
+        * ``fused`` (name, op, modules): what containers and forwards among them run as one op
+        * ``left`` (name, type, reason): the modules that stay PyTorch's
 
     Raises:
         TypeError: if `model` is no module.
@@ -70,7 +78,7 @@ def report(model):
     result = Report()
     for name, m in model.named_modules():
         cls = type(m)
-        before = TORCHS.get(cls, forward.base_of(cls))
+        before = ORIGINALS.get(cls, forward.base_of(cls))
         if before is not cls:
             result.converted.append(Converted(name, _class_name(before), _class_name(cls)))
             result.fused += [Fused(name, op, ", ".join(texts)) for op, texts in _rows(m)]
@@ -79,13 +87,13 @@ def report(model):
     return result
 
 
-def check(function, model):
+def check(function: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {got}")
 
 
-def why_kept(m):
+def why_kept(m: torch.nn.Module) -> str | None:
     """Why convert() keeps the class of a module, one of those that it replaces; or None."""
     if "forward" in m.__dict__:
         return "its forward was replaced on the instance"
@@ -94,16 +102,16 @@ def why_kept(m):
     return None
 
 
-def _why_left(m):
+def _why_left(m: torch.nn.Module) -> str | None:
     """Why a module is PyTorch's or its author's, or None where nothing of ours would fit."""
     cls = type(m)
     if cls is torch.nn.Sequential:
         return _NOT_FUSED if any(_rows(m)) else None
-    if cls in OURS:
+    if cls in REPLACEMENTS:
         return why_kept(m) or "not converted: dlkernels.convert(model) does that"
-    if cls.__module__ == OURS[torch.nn.Linear].__module__:
+    if cls.__module__ == REPLACEMENTS[torch.nn.Linear].__module__:
         return None  # one that PyTorch does not have
-    if isinstance(m, tuple(OURS)) and not isinstance(m, torch.nn.Sequential):
+    if isinstance(m, tuple(REPLACEMENTS)) and not isinstance(m, torch.nn.Sequential):
         return "not exactly PyTorch's class: a subclass may compute something else"
     if not m._modules:
         return "no kernel of ours for this class"
@@ -116,7 +124,7 @@ def _why_left(m):
 _NOT_FUSED = "not fused: dlkernels.convert(model) does that, but for fuse=False"
 
 
-def _rows(m):
+def _rows(m: torch.nn.Module) -> Iterator[tuple[str, list[str]]]:
     """What a container or a forward runs as one op: (op, the source of its parts)."""
     if isinstance(m, torch.nn.Sequential):
         names, modules, i = list(m._modules), list(m._modules.values()), 0
@@ -134,7 +142,7 @@ def _rows(m):
             yield op.__name__, texts[:end]
 
 
-def _class_name(cls):
+def _class_name(cls: type) -> str:
     module = "torch.nn" if cls.__module__.startswith("torch.nn.modules.") else cls.__module__
     fused = " (fused)" if forward.base_of(cls) is not cls else ""
     return f"{module}.{cls.__qualname__}{fused}"

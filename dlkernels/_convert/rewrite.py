@@ -15,7 +15,7 @@ from types import CodeType
 import torch
 
 from . import patterns
-from .classes import TORCHS
+from .classes import ORIGINALS
 from .patterns import METHOD_RELUS, POOLS, RELUS, is_one_of
 
 
@@ -178,7 +178,7 @@ class _Rewriter(ast.NodeTransformer):
             return f.id in self.locals
         if isinstance(f, ast.Subscript):
             return isinstance(self._value(f.value), torch.nn.Module)
-        return TORCHS.get(type(self._value(f))) in (torch.nn.Linear, torch.nn.Conv2d)
+        return ORIGINALS.get(type(self._value(f))) in (torch.nn.Linear, torch.nn.Conv2d)
 
     def _name(self, text):
         """The source of a step, of a module as model.named_modules() calls it."""
@@ -187,7 +187,7 @@ class _Rewriter(ast.NodeTransformer):
 
 def _kind(module):
     """PyTorch's class in whose place the class of a module is, or that class."""
-    return TORCHS.get(type(module), type(module))
+    return ORIGINALS.get(type(module), type(module))
 
 
 def _assigned(statement):

@@ -19,22 +19,12 @@ from . import _C, _state
 IntOrPair = int | Sequence[int]  # one number, or (h, w); PyTorch takes (n,) as well
 T = TypeVar("T")
 
+# Those of the optimizers, in-place ops, are called by optim_step.
 direct = SimpleNamespace(
     **{
         op: _C.direct(getattr(torch.ops.dlkernels, op).default)
-        for op in (
-            "linear",
-            "linear_relu",
-            "mlp",
-            "relu",
-            "leaky_relu",
-            "conv2d",
-            "conv2d_relu",
-            "conv2d_relu_max_pool2d",
-            "max_pool2d",
-            "max_pool2d_with_indices",
-            "cross_entropy",
-        )
+        for op in _C.ops()
+        if not op.endswith("_")
     }
 )
 

@@ -42,8 +42,8 @@ def _warnings() -> Iterator[str]:
         yield f"built as {_build.VERSION}, and {installed} is installed: build again"
 
 
-def _no_products() -> str:
-    """Why products of matrices, and convolutions, are PyTorch's on a GPU that is here, or ""."""
+def _no_gemm() -> str:
+    """Why linear layers and convolutions are PyTorch's on a GPU that is here, or ""."""
     for i in range(torch.cuda.device_count()):
         if (found := torch.cuda.get_device_capability(i)) < (8, 0):
             return (
@@ -54,29 +54,29 @@ def _no_products() -> str:
 
 
 def kernels() -> Kernels:
-    """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}"""
+    """{op: {device: {dtype: "yes", or why PyTorch's own op runs there}}}, as the ops say."""
     others = "left to PyTorch's own op: our kernels for the {} are for {}".format
-    no_products = _cuda.REASON or _no_products()
+    no_gemm = _no_gemm()
 
-    def cpu(op: str) -> dict[str, str]:
-        products = op in ("linear", "linear_relu", "mlp") or op.startswith("conv2d")
-        left = others("CPU", "float32, bfloat16 and float16" if products else "float32")
-        bfloat16 = float16 = "yes" if products else left
-        if products and _C.multiplies_bfloat16():
+    def cpu(is_gemm: bool) -> dict[str, str]:
+        left = others("CPU", "float32, bfloat16 and float16" if is_gemm else "float32")
+        bfloat16 = float16 = "yes" if is_gemm else left
+        if is_gemm and _C.multiplies_bfloat16():
             bfloat16 = "left to PyTorch's own op: this processor multiplies bfloat16"
         return {"float32": "yes", "bfloat16": bfloat16, "float16": float16, "float64": left}
 
-    def cuda(op: str) -> dict[str, str]:
-        answer = _cuda.REASON or "yes"
-        if op.endswith("_") and op != "adam_":
-            answer = "left to PyTorch's own op: of the optimizers Adam alone has a CUDA kernel"
-        elif op.startswith(("linear", "mlp", "conv2d")):
-            answer = no_products or "yes"
+    def cuda(has_kernel: bool, is_gemm: bool) -> dict[str, str]:
+        answer = _cuda.REASON or (no_gemm if is_gemm else "") or "yes"
+        if not has_kernel:
+            answer = "left to PyTorch's own op: it has no CUDA kernel"
         wide = _cuda.REASON or others("GPU", "float32, bfloat16 and float16")
         return {"float32": answer, "bfloat16": answer, "float16": answer, "float64": wide}
 
-    ops = sorted(op for op in _C.stats() if not op.endswith("_backward"))
-    return {op: {"cpu": cpu(op), "cuda": cuda(op)} for op in ops}
+    return {
+        op: {"cpu": cpu(is_gemm), "cuda": cuda(has_cuda, is_gemm)}
+        for op, (has_cuda, is_gemm) in sorted(_C.ops().items())
+        if op in _C.stats()  # max_pool2d_with_indices counts as max_pool2d
+    }
 
 
 def _summary(kernels: Kernels) -> list[str]:

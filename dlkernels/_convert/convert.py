@@ -18,10 +18,10 @@ M = TypeVar("M", bound=torch.nn.Module)
 def convert(model: M, *, fuse: bool = True, verbose: bool = False) -> M:
     """Makes the modules of `model` run on dlkernels' kernels, in place: ``model = convert(model)``.
 
-    ``Linear``, ``ReLU``, ``LeakyReLU``, ``Conv2d``, ``MaxPool2d``, ``CrossEntropyLoss`` and
-    ``Sequential`` of :mod:`torch.nn` become those of :mod:`dlkernels.nn`, on any device and in any
-    dtype. Each module still computes what it did, also after changes to the model. Modules that are
-    added later are converted by another call.
+    Modules of exactly a class of :mod:`torch.nn` that :mod:`dlkernels.nn` has too (``Linear``,
+    ``Conv2d``, ``Sequential``, ...) become modules of that class, on any device and in any dtype.
+    Each module still computes what it did, also after changes to the model. Modules that are added
+    later are converted by another call.
 
     An ``nn.Sequential``, and the forward of another class, runs ``relu(linear(x))``,
     ``relu(conv2d(x))``, ``max_pool2d(relu(conv2d(x)))`` and stacks of linear layers with ReLUs as

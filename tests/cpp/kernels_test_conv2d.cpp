@@ -274,7 +274,8 @@ int conv2d_choice(const cpu::Kernels& t) {
   return (choose(large, false, kAny) != &t.winograd_4x4) +
          (choose(large, true, kAny) != &t.direct) +
          (choose(large, true, kWinograd2x2) != &t.winograd_2x2) +
-         (choose(large, false, kDirect) != &t.direct) + (choose(small, false, kAny) != &t.direct) +
+         (choose(large, false, kDirect) != &t.direct) +
+         (choose(small, false, kAny) != &t.winograd_2x2) +
          (choose(strided, false, kWinograd4x4) != &t.direct) +
          (choose(depthwise, false, kAny) != &t.depthwise) +
          (choose(depthwise, false, kDirect) != &t.direct) +

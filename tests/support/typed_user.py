@@ -51,10 +51,9 @@ def call_functions(x: Tensor) -> list[Tensor]:
     values, indices = functional.max_pool2d(image, 2, return_indices=True)
     convolved: Tensor = functional.conv2d(image, window, None, 1, "same", dilation=(1, 1))
     fused: Tensor = functional.conv2d_relu_max_pool2d(image, window, padding=[1, 1])
-    leaky: Tensor = functional.leaky_relu(x, negative_slope=0.1)
     mlp: Tensor = functional.mlp(x, [torch.ones(3, x.shape[1]), torch.ones(2, 3)])
     loss: Tensor = functional.cross_entropy(x, torch.zeros(len(x), dtype=torch.long))
-    return [pooled, values, indices, convolved, fused, leaky, mlp, loss]
+    return [pooled, values, indices, convolved, fused, mlp, loss]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ SOURCES := setup.py build_backend.py build_kernels.py pyproject.toml \
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train example test test-full sanitize arm race fuzz cuda cuda-link .cuda-link \
+.PHONY: help train example test test-full sanitize arm .kernels race fuzz cuda cuda-link .cuda-link \
   .cuda-link-if-possible gpu bench bench-quick lint format clean
 .NOTPARALLEL:
 
@@ -41,7 +41,7 @@ example: $(VENV)/.dlkernels $(VENV)/.examples  ## the same with another script o
 	$(PY) examples/$(NAME).py
 
 # From tests/, because Python started in the root would import the source tree.
-test: sanitize arm cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
+test: .kernels cuda $(VENV)/.dlkernels $(VENV)/.examples $(VENV)/.test $(VENV)/.vision  ## set everything up, then run every test
 	cd tests && $(PY) -c 'import dlkernels; print("testing", dlkernels.__file__)'
 	cd tests && $(PYTEST)
 	$(MAKE) .cuda-link-if-possible
@@ -74,6 +74,10 @@ cuda-link:  ## build and test against a CUDA build of PyTorch, without a GPU (an
 gpu:  ## build, test, sanitize and time the CUDA kernels, with the Python and PyTorch that are there
 	DLKERNELS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	cd tests && PYTHONPATH=$(CURDIR) $(PYTHON) gpu_check.py
+
+# Both at once: what qemu runs takes one core.
+.kernels:
+	$(SANITIZED) check arm
 
 arm:  ## build the kernels for 64-bit Arm and test them under qemu (g++-aarch64-linux-gnu, qemu-user)
 	@$(MAKE) --no-print-directory -C tests/cpp --jobs=$(shell nproc) arm

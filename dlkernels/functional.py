@@ -128,7 +128,8 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         negative_slope: a number
         inplace: overwrite ``input``; PyTorch's own op does that, already in a single pass
     """
-    if not inplace and isinstance(negative_slope, int | float) and is_eligible(input):
+    is_number = isinstance(negative_slope, float) or is_int(negative_slope)
+    if not inplace and is_number and is_eligible(input):
         return ops().leaky_relu(input, negative_slope)
     return aten("leaky_relu", F.leaky_relu, input, negative_slope, inplace)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import dlkernels
 import dlkernels.functional as ours
-from support.common import calls, check
+from support.common import assert_refused_alike, calls, check
 
 SLOPES = (0.01, 0.0, -2.0, 1)
 
@@ -58,6 +58,11 @@ def test_left_to_torch():
         with calls(torchs=["leaky_relu"]):
             got = ours.leaky_relu(*args)
         assert torch.equal(got, F.leaky_relu(*args))
+
+
+def test_a_slope_that_is_no_number():
+    for slope in ("1", None):
+        assert_refused_alike(ours.leaky_relu, F.leaky_relu, (torch.randn(5), slope))
 
 
 def test_module():

@@ -19,11 +19,11 @@ struct Axis {
       : in(static_cast<int>(a.in)),
         out(static_cast<int>(a.out)),
         kernel(static_cast<int>(a.kernel)),
-        stride(static_cast<int>(min(a.stride, a.in + a.pad))),  // then there is one window
+        stride(static_cast<int>(smaller(a.stride, a.in + a.pad))),  // then there is one window
         pad(static_cast<int>(a.pad)),
         // From its first element, while that is outside.
-        dilation(static_cast<int>(min(a.dilation, a.in + a.pad))),
-        reach(static_cast<int>(min((a.kernel - 1) * a.dilation, a.in + a.pad))),
+        dilation(static_cast<int>(smaller(a.dilation, a.in + a.pad))),
+        reach(static_cast<int>(smaller((a.kernel - 1) * a.dilation, a.in + a.pad))),
         by_stride(stride),
         by_dilation(dilation) {}
 
@@ -40,7 +40,7 @@ struct Axis {
     return by_dilation.split(k) == 0 ? k : -1;
   }
 
-  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 // One of (images, rows, columns, packs).

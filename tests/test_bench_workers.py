@@ -49,7 +49,7 @@ def test_a_peer_that_fails_is_a_line(bench, tmp_path, capsys):
     died, raised, last = (
         (tmp_path / str(name)).read_text() for name in ("aborts", "raises", "computes")
     )
-    assert died != raised == last and not Path(f"/proc/{last}").exists() and not Others.ours
+    assert died != raised == last and not Path(f"/proc/{last}").exists() and not Others.children
 
 
 def test_torch_compile_is_tried_elsewhere(bench):
@@ -64,7 +64,7 @@ def test_a_peer_that_hangs_is_a_line(bench, monkeypatch):
     monkeypatch.setattr("dlkernels.benchmarks.worker.LIMIT", 0.5)
     (result,) = bench((planted.hangs, FIRST))
     assert result["failed"] == {"jax planted": "gave no answer within 0.5 s"}
-    assert set(result["providers"]) == {"torch", "dlkernels"} and not Others.ours
+    assert set(result["providers"]) == {"torch", "dlkernels"} and not Others.children
 
 
 def test_our_own_failure_is_an_error(bench, monkeypatch):
@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_no_process(bench, tmp_path, capsys):
 def test_a_worker_that_is_killed():
     with Workers() as workers:
         workers["jax"].begin(planted.computes)
-        assert Others.ours == {workers["jax"].process.pid}  # its CPU time is not others'
+        assert Others.children == {workers["jax"].process.pid}  # its CPU time is not others'
         os.kill(workers["jax"].process.pid, signal.SIGKILL)
         with pytest.raises(Failed, match=r"^died: SIGKILL, as when memory runs out"):
             workers["jax"].answer()

@@ -140,6 +140,8 @@ def functions():
     yield "linear_relu", ours.linear_relu, lambda **k: F.relu(F.linear(**k)), linear
     yield "mlp", ours.mlp, None, mlp
     yield "relu", ours.relu, F.relu, {"input": t(4, 5), "inplace": False}
+    leaky = {"input": t(4, 5), "negative_slope": 0.1, "inplace": False}
+    yield "leaky_relu", ours.leaky_relu, F.leaky_relu, leaky
     yield "conv2d", ours.conv2d, F.conv2d, conv
     yield "conv2d_relu", ours.conv2d_relu, lambda **k: F.relu(F.conv2d(**k)), conv
     yield "max_pool2d", ours.max_pool2d, F.max_pool2d, pool
@@ -235,6 +237,8 @@ def operators():
         "mlp_backward": [torch.rand(4, 2), x, [w, torch.randn(2, 3)], hidden, True, True],
         "relu": [x],
         "relu_backward": [x, x],
+        "leaky_relu": [x, 0.1],
+        "leaky_relu_backward": [x, x, 0.1],
         "conv2d": [image, kernel, kernel[:, 0, 0, 0], *conv],
         "conv2d_relu": [image, kernel, None, *conv],
         "conv2d_backward": [gi, image, kernel, gi, *conv, [True] * 3],

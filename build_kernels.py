@@ -15,7 +15,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent / "csrc"
 ARCHITECTURES = "7.5;8.0;9.0+PTX"  # what TORCH_CUDA_ARCH_LIST is for PyTorch's own builds
 # Their tensor cores must know bfloat16, and copies be asynchronous: for nothing before this.
-PRODUCTS, LEAST_OF_PRODUCTS = ("gemm", "conv2d"), 80
+GEMM_SOURCES, MIN_CAPABILITY_OF_GEMM = ("gemm", "conv2d"), 80
 FLAGS = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 STRICT = ["--Werror=all-warnings"]
 
@@ -36,20 +36,20 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def architectures(least: int = 0) -> list[str]:
+def architectures(min_capability: int = 0) -> list[str]:
     """nvcc's options for those of TORCH_CUDA_ARCH_LIST, as "8.0;9.0+PTX", that are not below
-    `least`, or for that."""
+    `min_capability`, or for that."""
     options = []
     for name in re.split("[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
         number = name.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r}, got {name!r}")
-        if int(number.rstrip("af")) < least:
+        if int(number.rstrip("af")) < min_capability:
             continue
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options or [f"-gencode=arch=compute_{least},code=sm_{least}"]
+    return options or [f"-gencode=arch=compute_{min_capability},code=sm_{min_capability}"]
 
 
 def run(command: list) -> str:
@@ -94,8 +94,13 @@ def build_cuda(folder: Path, library: Path, strict: bool = False) -> str:
     """Write the library, its objects to `folder`; returns what the assembler said."""
     commands = {}
     for source in sorted(SOURCE.glob("cuda/**/*.cu")):
-        least = LEAST_OF_PRODUCTS if source.stem in PRODUCTS else 0
-        commands[source] = [nvcc(), *FLAGS, *architectures(least), *(STRICT if strict else [])]
+        min_capability = MIN_CAPABILITY_OF_GEMM if source.stem in GEMM_SOURCES else 0
+        commands[source] = [
+            nvcc(),
+            *FLAGS,
+            *architectures(min_capability),
+            *(STRICT if strict else []),
+        ]
     objects = compile_all(folder, commands)
     # The runtime inside, out of sight: PyTorch has its own, maybe of another release.
     run([nvcc(), "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *architectures(),

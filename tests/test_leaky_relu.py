@@ -1,4 +1,4 @@
-"""leaky_relu: PyTorch's values and gradients bit for bit."""
+"""leaky_relu: torch.nn.functional.leaky_relu."""
 
 import pytest
 import torch

@@ -99,10 +99,6 @@ template <class T, class Result, class... Inputs>
 struct Op<T, Result(Inputs...)> {
   static constexpr size_t kArgs = sizeof...(Inputs);
 
-  static Result call(Inputs... inputs) {
-    static const auto op = find_op<Result(Inputs...)>(T::kName);
-    return op.call(std::forward<Inputs>(inputs)...);
-  }
   // For nodes, and where no gradient is wanted: nothing is recorded.
   static Result call_below_autograd(Inputs... inputs) {
     static const auto op = find_op<Result(Inputs...)>(T::kName);
